@@ -1,0 +1,64 @@
+"""Every error that a user can cause. Each message is one line: what was found, what was expected, what to do.
+
+    MvitExportError            exit code 2
+    ├── UsageError             options that do not go together, or values out of range
+    ├── MissingDependencyError a package that this step needs is not installed
+    ├── WeightsError           a checkpoint that cannot be read or does not fit the network
+    ├── HubError               a model hub that cannot be reached, or has no such model
+    ├── ModelError             a user's model source that cannot be built or called
+    ├── ConversionError        a converter gave up
+    ├── ArtifactError          an artifact directory that is missing, damaged, in the way or in use
+    └── RuntimeUnavailable     a runtime that cannot work here; parity reports it as NOT-RUN
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class MvitExportError(Exception):
+    """Base of all errors that a user can cause or mend."""
+
+
+class UsageError(MvitExportError):
+    """Options that do not go together, or a value outside what is accepted."""
+
+
+class MissingDependencyError(MvitExportError):
+    """An optional package is needed and absent."""
+
+
+class WeightsError(MvitExportError):
+    """A checkpoint is unreadable, unsafe, incomplete or made for another network."""
+
+
+class HubError(MvitExportError):
+    """A model hub is unreachable or has no such repository or file."""
+
+
+class ModelError(MvitExportError):
+    """A model source (`FILE.py:FACTORY`, `timm:NAME`) gave no usable module."""
+
+
+class ConversionError(MvitExportError):
+    """A converter could not translate the model."""
+
+
+class ArtifactError(MvitExportError):
+    """An artifact directory is missing, damaged, in the way, or being written by another run."""
+
+
+class RuntimeUnavailable(MvitExportError):
+    """A runtime cannot execute here: the reason is shown as NOT-RUN, never as success."""
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import `module`, or say which extra brings it. `purpose` reads after "needed ", e.g. "to write ONNX files"."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        message = f"{module} is not installed, needed {purpose}: pip install 'mvit-export[{extra}]'"
+        raise MissingDependencyError(message) from error
