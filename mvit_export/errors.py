@@ -1,14 +1,14 @@
 """Every error that a user can cause. Each message is one line: what was found, what was expected, what to do.
 
-    MvitExportError            exit code 2
-    ├── UsageError             options that do not go together, or values out of range
-    ├── MissingDependencyError a package that this step needs is not installed
-    ├── WeightsError           a checkpoint that cannot be read or does not fit the network
-    ├── HubError               a model hub that cannot be reached, or has no such model
-    ├── ModelError             a user's model source that cannot be built or called
-    ├── ConversionError        a converter gave up
-    ├── ArtifactError          an artifact directory that is missing, damaged, in the way or in use
-    └── RuntimeUnavailable     a runtime that cannot work here; parity reports it as NOT-RUN
+MvitExportError            exit code 2
+├── UsageError             options that do not go together, or values out of range
+├── MissingDependencyError a package that this step needs is not installed
+├── WeightsError           a checkpoint that cannot be read or does not fit the network
+├── HubError               a model hub that cannot be reached, or has no such model
+├── ModelError             a user's model source that cannot be built or called
+├── ConversionError        a converter gave up
+├── ArtifactError          an artifact directory that is missing, damaged, in the way or in use
+└── RuntimeUnavailable     a runtime that cannot work here; parity reports it as NOT-RUN
 """
 
 from __future__ import annotations

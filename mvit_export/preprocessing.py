@@ -84,10 +84,10 @@ def resized_size(size: Size, preprocessing: Preprocessing) -> Size:
 
 def to_picture(image: Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and centre-crop a PIL image: uint8 RGB (H, W, 3) with (H, W) = `preprocessing.crop`."""
-    from PIL import Image as pil
+    from PIL import Image as PilImage
 
     height, width = resized_size((image.height, image.width), preprocessing)
-    resample = pil.Resampling[preprocessing.interpolation.upper()]
+    resample = PilImage.Resampling[preprocessing.interpolation.upper()]
     resized = np.asarray(image.convert("RGB").resize((width, height), resample))  # (height, width, 3)
     crop_h, crop_w = preprocessing.crop
     top, left = (height - crop_h) // 2, (width - crop_w) // 2

@@ -271,7 +271,5 @@ def create_mobilevit(
     variant: str, *, num_classes: int = 1000, patch_config: str = "A", output_stride: int = 32
 ) -> MobileViT:
     """Build `variant` ("xxs", "xs" or "s") with fresh weights from torch's global generator, in training mode."""
-    config = replace(
-        VARIANTS[variant], num_classes=num_classes, patch_config=patch_config, output_stride=output_stride
-    )
+    config = replace(VARIANTS[variant], num_classes=num_classes, patch_config=patch_config, output_stride=output_stride)
     return MobileViT(config)

@@ -1,0 +1,4 @@
+"""Measurements. Installed and imported as `mvit_export.benchmarks`."""
+
+if __name__ != "mvit_export.benchmarks":
+    raise ImportError("import mvit_export.benchmarks: this folder is no package of its own (pip install -e .)")

@@ -1,0 +1,200 @@
+"""The export itself: targets are planned, each is converted into a staged artifact directory, then verified."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mvit_export import __version__, parity
+from mvit_export.artifact import (
+    GOLDEN,
+    MANIFEST,
+    Artifact,
+    Manifest,
+    TensorSpec,
+    hash_files,
+    now,
+    read_artifact,
+    save_golden,
+    write_json,
+)
+from mvit_export.cases import GOLDEN_CASES, make_cases
+from mvit_export.converters.capture import INPUT_NAME, Conversion
+from mvit_export.errors import ConversionError, MvitExportError, UsageError
+from mvit_export.formats import FORMATS, Target, plan_targets
+from mvit_export.models.load import LoadedModel
+from mvit_export.runtimes import open_torch
+from mvit_export.staging import check_free, staged_directory
+
+CONVERTERS = {
+    "coreml": "mvit_export.converters.to_coreml",
+    "onnx": "mvit_export.converters.to_onnx",
+    "tflite": "mvit_export.converters.to_tflite",
+}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """One artifact and the verdict on it; `parity` is None where verification was not asked for."""
+
+    artifact: Artifact
+    parity: parity.ParityResult | None
+
+
+def export(
+    model: LoadedModel,
+    *,
+    to: str | Sequence[str] = "all",
+    precision: str | Sequence[str] | None = None,
+    input: str = "tensor",
+    opset: int | None = None,
+    dynamic_batch: bool = False,
+    deployment_target: str | None = None,
+    out: str | Path = "artifacts",
+    overwrite: bool = False,
+    verify: bool = True,
+    on_step: Callable[[Target, str], None] | None = None,
+) -> tuple[ExportResult, ...]:
+    """Write one artifact directory `out/NAME/FORMAT-PRECISION` per target, and check each against PyTorch.
+
+    `to` is a format, a list of them or "all"; `precision` None is each format's default. `on_step(target, step)` is
+    called with "convert" and "verify" for progress. Raises children of MvitExportError; a directory appears whole or
+    not at all, and those finished before an error stay.
+    """
+    targets = plan_targets(
+        to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch,
+        deployment_target=deployment_target,
+    )  # fmt: skip
+    check_model_fits(model, targets)
+    folder = Path(out) / model.info.name
+    for target in targets:
+        importlib.import_module(CONVERTERS[target.format])
+        check_free(folder / target.name, overwrite=overwrite)
+    results = []
+    for target in targets:
+        if on_step:
+            on_step(target, "convert")
+        artifact = write_artifact(model, target, folder / target.name, overwrite=overwrite)
+        if on_step and verify:
+            on_step(target, "verify")
+        verdict = parity.verify(artifact.path)[0] if verify else None
+        results.append(ExportResult(artifact, verdict))
+    return tuple(results)
+
+
+def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
+    """Refuse what this model cannot be in one of the formats."""
+    labels = model.info.labels or ()
+    for target in targets:
+        if target.input == "image" and model.preprocessing is None:
+            raise UsageError("--input image needs a model that takes 3-channel images (B, 3, H, W); use --input tensor")
+        batch = model.input_shapes[0][0]
+        if target.input == "image" and target.format == "coreml" and batch != 1:
+            raise UsageError(f"a Core ML image input holds one image, the model's batch is {batch}; use --input tensor")
+        if target.format == "coreml" and len(set(labels)) != len(labels):
+            twice = next(label for i, label in enumerate(labels) if label in labels[:i])
+            raise UsageError(f"label {twice!r} stands twice, which a Core ML classifier cannot tell apart; rename one")
+        if len(model.input_shapes) > 1:
+            raise UsageError(f"{FORMATS[target.format].title} takes one --image-size, {len(model.input_shapes)} given")
+
+
+def write_artifact(model: LoadedModel, target: Target, place: Path, *, overwrite: bool) -> Artifact:
+    """Convert, describe, hash and move into place."""
+    converter = importlib.import_module(CONVERTERS[target.format])
+    tools = {name: importlib.metadata.version(name) for name in converter.TOOLS if _installed(name)}
+    manifest = draft_manifest(model, target, tools)
+    with staged_directory(place, overwrite=overwrite) as staging:
+        file = staging / (model.info.name + FORMATS[target.format].suffix)
+        with conversion_errors(target):
+            capture = converter.convert(Conversion(model, target, file_metadata(manifest)), file)
+        save_golden(staging / GOLDEN, golden_vectors(model, manifest))
+        manifest = replace(manifest, capture=capture, files=hash_files(staging))
+        write_json(staging / MANIFEST, manifest.to_json())
+    return read_artifact(place)
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def draft_manifest(model: LoadedModel, target: Target, tools: dict[str, str]) -> Manifest:
+    """Everything but the files, which do not exist yet."""
+    shape = model.input_shapes[0]
+    batch = None if target.dynamic_batch else shape[0]
+    if target.input == "image":
+        image = TensorSpec(INPUT_NAME, (batch, *shape[2:], shape[1]), "uint8", "NHWC")
+    else:
+        image = TensorSpec(INPUT_NAME, (batch, *shape[1:]), "float32", "NCHW" if len(shape) == 4 else "")
+    reference = open_torch(model.module).run(np.zeros(shape, np.float32))
+    outputs = tuple(
+        TensorSpec(name, (batch, *array.shape[1:]), "float32", "NC" if array.ndim == 2 else "")
+        for name, array in reference.items()
+    )
+    return Manifest(
+        model=model.info,
+        weights=model.weights,
+        preprocessing=model.preprocessing,
+        inputs=(image,),
+        outputs=outputs,
+        format=target.format,
+        precision=target.precision,
+        target=target,
+        capture="",
+        files=(),
+        tools={"mvit-export": __version__, "python": ".".join(map(str, sys.version_info[:3])), **tools},
+        created=now(),
+    )
+
+
+def golden_vectors(model: LoadedModel, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
+    """A few of the parity inputs with the fp32 reference outputs."""
+    reference = open_torch(model.module)
+    cases = [case for case in make_cases(manifest) if case.name.split("@")[0] in GOLDEN_CASES]
+    cases = cases or make_cases(manifest)[:1]  # a batched input has other names
+    return {case.name: {INPUT_NAME: case.artifact_input, **reference.run(case.model_input)} for case in cases}
+
+
+def file_metadata(manifest: Manifest) -> dict[str, str]:
+    """What is written inside the model file itself, as strings."""
+    model, weights = manifest.model, manifest.weights
+    trained = {True: "trained", False: f"untrained, seed {weights.seed}", None: "set by the model's factory"}
+    return {
+        "name": model.name,
+        "description": f"{model.name}, {model.task}, {manifest.precision}; weights: {trained[weights.trained]}",
+        "author": "exported by mvit-export",
+        "license": "the weights are under the licence of their source" if weights.trained else "MIT",
+        "version": __version__,
+        "mvit_export_version": __version__,
+        "weights_source": weights.source or "",
+        "weights_sha256": weights.sha256 or "",
+        "weights_state_sha256": weights.state_sha256,
+        "preprocessing": json.dumps(manifest.preprocessing.to_json()) if manifest.preprocessing else "",
+        "input": manifest.target.input,
+        "precision": manifest.precision,
+        "created": manifest.created,
+    }
+
+
+@contextmanager
+def conversion_errors(target: Target) -> Iterator[None]:
+    """One line for whatever a converter raises, and silence for what it prints (shown with -v)."""
+    try:
+        yield
+    except MvitExportError:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        title = FORMATS[target.format].title
+        raise ConversionError(f"{title} {target.precision}: the converter failed: {lines[0]}; -v shows more") from error

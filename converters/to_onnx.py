@@ -1,0 +1,83 @@
+"""PyTorch -> ONNX through torch.onnx's dynamo exporter: one self-contained file, checked by onnx.checker.
+
+fp16: weights and arithmetic in half precision, inputs and outputs in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from mvit_export.converters.capture import (
+    INPUT_NAME,
+    TORCH_EXPORT,
+    Conversion,
+    Exportable,
+    baked_preprocessing,
+    example_input,
+)
+from mvit_export.errors import ConversionError, require
+
+TOOLS = ("torch", "onnx", "onnxscript")
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # the PyTorch modules that a node came from, outermost first
+
+
+def convert(conversion: Conversion, path: Path) -> str:
+    """Write the ONNX file `path`. Raises ConversionError where the result is no valid model."""
+    onnx = require("onnx", extra="onnx", purpose="to write ONNX files")
+    require("onnxscript", extra="onnx", purpose="to write ONNX files")
+    target = conversion.target
+    module = Exportable(
+        conversion.model.module, preprocessing=baked_preprocessing(conversion), half=target.precision == "fp16"
+    )
+    # The exporter fixes a batch axis that it sees as 1, so a dynamic one is traced at 2.
+    example = example_input(conversion, batch=2 if target.dynamic_batch else None)
+    program = torch.onnx.export(
+        module,
+        (),
+        kwargs={INPUT_NAME: example},
+        dynamo=True,
+        opset_version=target.opset,
+        input_names=[INPUT_NAME],
+        output_names=list(conversion.model.output_names),
+        dynamic_shapes={INPUT_NAME: {0: torch.export.Dim("batch", min=1)}} if target.dynamic_batch else None,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    check_opset(model, target.opset)
+    strip_traces(model)
+    describe(model, conversion)
+    onnx.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    return TORCH_EXPORT
+
+
+def check_opset(model, opset: int | None) -> None:  # type: ignore[no-untyped-def]  # onnx's own protobuf class
+    """The exporter keeps its native opset, with a warning only, where it cannot convert to the wanted one."""
+    found = {entry.domain: entry.version for entry in model.opset_import}.get("")
+    if found != opset:
+        raise ConversionError(f"the ONNX exporter wrote opset {found}, --opset {opset} was asked for; try --opset 18")
+
+
+def strip_traces(model) -> None:  # type: ignore[no-untyped-def]
+    """Drop what the exporter notes on every node and value but the module names: stack traces show local paths."""
+    for item in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info, model.graph):
+        kept = [entry for entry in item.metadata_props if entry.key == NAME_SCOPES]
+        del item.metadata_props[:]
+        item.metadata_props.extend(kept)
+
+
+def describe(model, conversion: Conversion) -> None:  # type: ignore[no-untyped-def]
+    """Name, description, version and the manifest's essentials in the model's own fields."""
+    metadata = dict(conversion.metadata)
+    model.producer_name, model.producer_version = "mvit-export", metadata["mvit_export_version"]
+    model.doc_string = metadata["description"]
+    model.model_version = 1
+    model.graph.name = conversion.model.info.name
+    if conversion.labels:
+        metadata["labels"] = json.dumps(conversion.labels, ensure_ascii=False)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)

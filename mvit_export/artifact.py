@@ -1,0 +1,277 @@
+"""The artifact directory: the only thing that passes between export, verify, bench and a device.
+
+    artifacts/mobilevit_xxs/onnx-fp32/
+        mobilevit_xxs.onnx      one self-contained model
+        manifest.json           `Manifest`: what it is, where it came from, the hash of every file
+        golden.safetensors      a few inputs with the fp32 reference outputs
+
+Reading needs numpy and safetensors only, so that a device can check a file without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvit_export.errors import ArtifactError
+from mvit_export.formats import FORMATS, Target
+from mvit_export.preprocessing import Preprocessing
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+GOLDEN = "golden.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output. A `None` in `shape` is an axis of any size (the batch)."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str  # numpy's name
+    layout: str  # NCHW, NHWC, NC or "" where the axes have no names
+    enumerated: tuple[tuple[int, ...], ...] = ()  # all shapes where the file takes several, `shape` among them
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the network is. `source` is how to build it again: a variant's name, `FILE.py:FACTORY` or `timm:NAME`."""
+
+    name: str
+    source: str
+    task: str
+    params: int
+    macs: int
+    variant: str | None = None
+    num_classes: int | None = None
+    patch_config: str | None = None
+    output_stride: int | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """Where the numbers came from. `sha256` is the weights file's, `state_sha256` that of the tensors themselves."""
+
+    source: str | None
+    family: str | None
+    sha256: str | None
+    state_sha256: str
+    trained: bool | None  # None: a user's factory made them, which may have loaded anything
+    seed: int | None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    path: str  # relative to the artifact directory, with forward slashes
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`, the record of one export."""
+
+    model: ModelInfo
+    weights: WeightsInfo
+    preprocessing: Preprocessing | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    format: str
+    precision: str
+    target: Target
+    capture: str  # how the graph was taken: torch.export or torch.jit.trace
+    files: tuple[FileInfo, ...]
+    tools: Mapping[str, str]
+    created: str
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.outputs)
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        return {"schema_version": data.pop("schema_version"), **data}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Rebuild from `to_json`'s dict. Raises KeyError or TypeError where a field is missing or malformed."""
+        return cls(
+            model=_record(ModelInfo, data["model"]),
+            weights=_record(WeightsInfo, data["weights"]),
+            preprocessing=Preprocessing.from_json(data["preprocessing"]) if data["preprocessing"] else None,
+            inputs=tuple(_record(TensorSpec, spec) for spec in data["inputs"]),
+            outputs=tuple(_record(TensorSpec, spec) for spec in data["outputs"]),
+            format=data["format"],
+            precision=data["precision"],
+            target=_record(Target, data["target"]),
+            capture=data["capture"],
+            files=tuple(_record(FileInfo, info) for info in data["files"]),
+            tools=dict(data["tools"]),
+            created=data["created"],
+            schema_version=data["schema_version"],
+        )
+
+
+def _record(cls: type, data: Mapping[str, Any]) -> Any:
+    """A flat frozen record from its JSON object; unknown fields are ignored, so that newer minor additions load."""
+    assert is_dataclass(cls)
+    known = {f.name for f in fields(cls)}
+    return cls(**{key: _tuples(value) for key, value in data.items() if key in known})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact directory whose files were found unchanged."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / (self.manifest.model.name + FORMATS[self.manifest.format].suffix)
+
+    @property
+    def model_bytes(self) -> int:
+        """Size of the model alone, golden vectors not counted."""
+        return sum(info.bytes for info in self.manifest.files if info.path != GOLDEN)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_files(directory: Path) -> tuple[FileInfo, ...]:
+    """Every file below `directory` in the order of their names."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return tuple(FileInfo(p.relative_to(directory).as_posix(), sha256_file(p), p.stat().st_size) for p in paths)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+# Reading
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Open the artifact directory `path` and check every file against the manifest's hashes.
+
+    Raises ArtifactError where the manifest is unreadable or newer, or a file is missing or changed.
+    """
+    manifest = read_manifest(path)
+    for info in manifest.files:
+        file = path / info.path
+        if ".." in Path(info.path).parts or Path(info.path).is_absolute():
+            raise ArtifactError(f"{path / MANIFEST} lists {info.path!r}, which lies outside the artifact; export again")
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing but listed in {MANIFEST}; export again with --overwrite")
+        found = sha256_file(file)
+        if found != info.sha256:
+            raise ArtifactError(
+                f"{file} was changed after the export: sha256 is {found[:12]}…, {MANIFEST} says {info.sha256[:12]}…; "
+                "export again with --overwrite"
+            )
+    return Artifact(path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file} cannot be read ({error}); export again with --overwrite") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(f"{file} has schema_version {version}, expected {SCHEMA_VERSION}; export again, or update")
+    try:
+        manifest = Manifest.from_json(data)
+        FORMATS[manifest.format]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{file} is no valid manifest ({error!r}); export again with --overwrite") from error
+    return manifest
+
+
+def find_artifacts(path: str | Path) -> tuple[Path, ...]:
+    """Artifact directories meant by `path`: one, a directory of them at any depth, or a model file inside one."""
+    path = Path(path)
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist, expected an artifact directory; mvit-export --to … makes one")
+    if (path / MANIFEST).is_file():
+        return (path,)
+    if (path.parent / MANIFEST).is_file():
+        return (path.parent,)
+    found = tuple(_walk_artifacts(path)) if path.is_dir() else ()
+    if not found:
+        raise ArtifactError(f"{path} holds no {MANIFEST}, expected an artifact directory or a directory of them")
+    return found
+
+
+def _walk_artifacts(path: Path) -> Iterator[Path]:
+    for root, directories, files in os.walk(path):
+        directories[:] = sorted(
+            d for d in directories if not d.startswith(".")
+        )  # leftovers of dead runs start with "."
+        if MANIFEST in files:
+            directories.clear()
+            yield Path(root)
+
+
+# Golden vectors
+
+
+def save_golden(path: Path, cases: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write `{case: {tensor name: array}}` as `case/tensor` entries of a safetensors file."""
+    from safetensors.numpy import save
+
+    flat = {f"{case}/{name}": np.ascontiguousarray(array) for case, t in cases.items() for name, array in t.items()}
+    path.write_bytes(save(flat, metadata={"cases": json.dumps(list(cases))}))
+
+
+def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
+    """Read what `save_golden` wrote, in the same order."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(artifact.path / GOLDEN, framework="numpy") as file:
+            cases: dict[str, dict[str, np.ndarray]] = {case: {} for case in json.loads(file.metadata()["cases"])}
+            for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                case, name = key.split("/", 1)
+                cases[case][name] = file.get_tensor(key)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{artifact.path / GOLDEN} cannot be read ({error}); export again") from error
+    return cases
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON whole or not at all: beside it, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,268 @@
+"""The `mvit-export` command. It parses, calls the library and prints; heavy packages load inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from mvit_export import __version__
+from mvit_export.errors import MvitExportError, UsageError
+from mvit_export.terminal import Terminal, megabytes, status_text
+
+EXIT_CODES = {"pass": 0, "fail": 1, "not-run": 3}
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click since 0.27
+
+EPILOG = """Exit codes: 0 all done and every check passed; 1 a check failed; 2 misuse or bad input; 3 nothing failed,
+but something asked for could not be checked here."""
+
+
+class ExportByDefault(TyperGroup):
+    """`mvit-export --to onnx` means `mvit-export export --to onnx`; -v, -q and --json may stand before the command."""
+
+    EVERYWHERE = ("--json", "-q", "--quiet", "-v", "--verbose")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        leading = []
+        while args and args[0] in self.EVERYWHERE:
+            leading.append(args.pop(0))
+        own = {name for param in self.params for name in param.opts} | {"--help"}
+        if args and args[0].startswith("-") and args[0] not in own:
+            args = ["export", *args]
+        elif leading and not args:
+            args = ["export"]
+        return super().parse_args(ctx, args[:1] + leading + args[1:])
+
+
+app = typer.Typer(
+    cls=ExportByDefault,
+    help="Export MobileViT, or any PyTorch vision model, to Core ML, ONNX and TFLite, and prove each file.\n\n"
+    "mvit-export --to coreml --variant xxs   exports; `mvit-export export --help` lists the options.",
+    epilog=EPILOG,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; people read stderr.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show what the converters print, and tracebacks.")]
+Artifacts = Annotated[
+    list[Path],
+    typer.Argument(metavar="ARTIFACT...", help="Artifact directories, directories of them, or model files inside one."),
+]
+
+
+def show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"mvit-export {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def export(
+    to: Annotated[
+        list[str], typer.Option(help="coreml, onnx, tflite or all; with commas or repeated.", show_default=False)
+    ],
+    variant: Annotated[str | None, typer.Option(help="MobileViT variant: xxs, xs or s.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another model: FILE.py:FACTORY or timm:NAME.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint: FILE, folder, hf:ID or timm:ID.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Use the official weights.")] = False,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of an untrained MobileViT (1000).")] = None,
+    image_size: Annotated[list[str] | None, typer.Option(help="Input size, N or HxW in pixels (256).")] = None,
+    input_shape: Annotated[str | None, typer.Option(help="Whole input shape for --model, e.g. 1,3,224,224.")] = None,
+    patch_config: Annotated[str | None, typer.Option(help="MobileViT patches: A (2,2,2) or B (8,4,2). (A)")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32 or fp16 (Core ML's default is fp16, the others' fp32).")
+    ] = None,
+    input: Annotated[
+        str, typer.Option(help="tensor: float NCHW; image: 8-bit RGB pictures, preprocessing inside the model.")
+    ] = "tensor",
+    labels: Annotated[Path | None, typer.Option(help="Class labels, one a line.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23 (18).")] = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="ONNX: take any batch size.")] = False,
+    deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS15 to iOS26 (iOS16).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder that receives NAME/FORMAT-PRECISION.")] = Path("artifacts"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that exist.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check each file against PyTorch.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of untrained weights.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export a model and check every file (the default)."""
+    from mvit_export.formats import parse_shape, plan_targets
+
+    conversion = {
+        "to": to, "precision": precision, "input": input, "opset": opset, "dynamic_batch": dynamic_batch,
+        "deployment_target": deployment_target,
+    }  # fmt: skip
+    with session(as_json, quiet, verbose) as terminal:
+        targets = plan_targets(**conversion)  # type: ignore[arg-type]  # before torch is even loaded
+        import mvit_export
+
+        with terminal.progress("loading the model") as step:
+            loaded = mvit_export.load_model(
+                variant, model=model, weights=weights, pretrained=pretrained, num_classes=num_classes,
+                patch_config=patch_config, image_size=image_size or None, labels=labels, seed=seed,
+                input_shape=parse_shape(input_shape) if input_shape else None,
+            )  # fmt: skip
+            results = mvit_export.export(
+                loaded, **conversion, out=out, overwrite=overwrite, verify=verify,  # type: ignore[arg-type]
+                on_step=lambda target, what: step(f"{what} {target.name} ({targets.index(target) + 1}/{len(targets)})"),
+            )  # fmt: skip
+        finish_export(terminal, loaded, results)
+
+
+def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
+    """Print what was made, whether it is proven, and what to do next."""
+    from mvit_export.parity import NOT_RUN, PASS, overall_status
+
+    info = loaded.info
+    shapes = ", ".join("x".join(map(str, shape)) for shape in loaded.input_shapes)
+    terminal.print(f"{info.name}: {info.params:,} parameters, {info.macs / 1e6:.1f}M MACs, input {shapes}")
+    if loaded.weights.trained is False:
+        terminal.print(
+            f"UNTRAINED: random weights from seed {loaded.weights.seed}; pass --pretrained or --weights for real ones"
+        )
+    rows = []
+    for result in results:
+        manifest = result.artifact.manifest
+        verdict = result.parity
+        row = {
+            "path": str(result.artifact.path), "format": manifest.format, "precision": manifest.precision,
+            "bytes": result.artifact.model_bytes, "parity": verdict.to_json() if verdict else None,
+        }  # fmt: skip
+        rows.append(row)
+        if verdict:
+            print_verdict(terminal, verdict, megabytes(row["bytes"]))
+        else:
+            terminal.print(status_text(NOT_RUN), f"{row['path']}  {megabytes(row['bytes'])}  --no-verify was given")
+    verdicts = [result.parity for result in results if result.parity]
+    status = overall_status(verdicts) if verdicts else NOT_RUN
+    folder = results[0].artifact.path.parent
+    terminal.print(f"Next:  mvit-export verify {folder}")
+    terminal.print(f"       mvit-export inspect {results[0].artifact.path}")
+    terminal.print_json({"status": status, "model": info.name, "trained": loaded.weights.trained, "artifacts": rows})
+    # Verification that the user declined is no check asked for and missed.
+    raise typer.Exit(EXIT_CODES[status if verdicts else PASS])
+
+
+@app.command()
+def verify(
+    artifacts: Artifacts,
+    against: Annotated[
+        str, typer.Option(help="pytorch: the model rebuilt from its weights; golden: the stored vectors, no torch.")
+    ] = "pytorch",
+    weights: Annotated[str | None, typer.Option(help="Where the checkpoint is now, if it has moved.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check exported files against the PyTorch model."""
+    with session(as_json, quiet, verbose) as terminal:
+        from mvit_export import parity
+
+        results: list[parity.ParityResult] = []
+        with terminal.progress("verify") as step:
+            for path in artifacts:
+
+                def on_case(done: int, total: int, path: Path = path) -> None:
+                    step(f"verify {path}: input {done} of {total}")
+
+                results += parity.verify(path, against=against, weights=weights, on_case=on_case)
+        for result in results:
+            print_verdict(terminal, result)
+        terminal.print_json(parity.summarise(results))
+        raise typer.Exit(EXIT_CODES[parity.overall_status(results)])
+
+
+def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:
+    """PASS  path  figures  runtime, or the reason."""
+    parts = [result.path, *extra]
+    if result.metrics is not None:
+        metrics = result.metrics
+        parts.append(f"{metrics.psnr_db:.1f} dB, max error {metrics.max_rel:.1e} of scale")
+        parts.append(f"{result.inputs} inputs vs {result.against} in {result.runtime}")
+    if result.reason:
+        parts.append(result.reason)
+    terminal.print(status_text(result.status), "  ".join(parts))
+
+
+@app.command()
+def inspect(artifacts: Artifacts, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show inputs, outputs, sizes and operators."""
+    with session(as_json, quiet, verbose) as terminal:
+        from mvit_export.artifact import find_artifacts, read_artifact
+        from mvit_export.inspection import describe, inspect_artifact
+
+        paths = [place for path in artifacts for place in find_artifacts(path)]
+        reports = [inspect_artifact(read_artifact(path)) for path in paths]
+        for report in reports:
+            for line in describe(report):
+                terminal.print(line)
+        terminal.print_json({"status": "pass", "artifacts": reports})
+
+
+@app.command()
+def doctor(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show which targets and runtimes work here."""
+    with session(as_json, quiet, verbose) as terminal:
+        from mvit_export.doctor import examine
+
+        with terminal.progress("importing converters and runtimes"):
+            findings = examine()
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            mark = "yes" if finding.works else "no "
+            terminal.print(f"{finding.kind:<8} {finding.name:<{width}}  {mark}  {finding.detail}")
+        terminal.print_json({"status": "pass", "findings": [finding.to_json() for finding in findings]})
+
+
+@contextmanager
+def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
+    """A Terminal in which an error becomes one line and an exit code."""
+    with Terminal(as_json=as_json, quiet=quiet, verbose=verbose) as terminal:
+        try:
+            yield terminal
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt as error:
+            terminal.error(UsageError("interrupted; nothing half-written was left"))
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+        except MvitExportError as error:
+            terminal.error(error)
+            raise typer.Exit(EXIT_ERROR) from error
+        except Exception as error:  # a bug of ours: still one line and never the exit code of a failed check
+            terminal.error(
+                RuntimeError(f"internal error, {type(error).__name__}: {error}; -v shows where, please report")
+            )
+            raise typer.Exit(EXIT_ERROR) from error
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    arguments = (sys.argv[1:] if args is None else args) or ["--help"]
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="mvit-export")
+    except ClickUsageError as error:
+        with Terminal(as_json="--json" in arguments, verbose="-v" in arguments) as terminal:
+            terminal.error(UsageError(f"{error.format_message().rstrip('.')}; see mvit-export --help"))
+        code = EXIT_ERROR
+    raise SystemExit(code if isinstance(code, int) else 0)

@@ -1,0 +1,133 @@
+"""The formats that can be asked for, in one table: what each is called, may hold, and takes by way of options."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mvit_export.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of `FORMATS`; the first precision is the default."""
+
+    name: str
+    title: str
+    suffix: str
+    precisions: tuple[str, ...]
+    options: tuple[str, ...] = ()  # export options that only some formats take
+    max_rank: int | None = None  # tensors of a higher rank cannot be expressed
+
+
+FORMATS = {
+    "coreml": Format("coreml", "Core ML", ".mlpackage", ("fp16", "fp32"), ("deployment_target",), max_rank=5),
+    "onnx": Format("onnx", "ONNX", ".onnx", ("fp32", "fp16"), ("opset", "dynamic_batch")),
+    "tflite": Format("tflite", "TFLite", ".tflite", ("fp32", "fp16")),
+}
+OPSETS = (18, 19, 20, 21, 22, 23)
+DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18", "iOS26")
+INPUT_KINDS = ("tensor", "image")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file to make: a format in a precision, with the options of that format."""
+
+    format: str
+    precision: str
+    input: str = "tensor"
+    opset: int | None = None  # ONNX only
+    dynamic_batch: bool = False  # ONNX only
+    deployment_target: str | None = None  # Core ML only
+
+    @property
+    def name(self) -> str:
+        """The artifact's directory name, e.g. `coreml-fp16`."""
+        return f"{self.format}-{self.precision}"
+
+
+def choose(value: str, choices: Iterable[str], *, what: str) -> str:
+    """`value` if it is one of `choices`, ignoring case; else an error with the list and the nearest match."""
+    names = list(choices)
+    by_fold = {name.casefold(): name for name in names}
+    if value.casefold() in by_fold:
+        return by_fold[value.casefold()]
+    near = difflib.get_close_matches(value.casefold(), by_fold, n=1)
+    hint = f"; did you mean {by_fold[near[0]]}?" if near else ""
+    raise UsageError(f"{what} {value!r} is not known, expected one of {', '.join(names)}{hint}")
+
+
+def split_list(values: str | Sequence[str]) -> tuple[str, ...]:
+    """`"a,b"` or `["a", "b,c"]` -> names in order, without repeats."""
+    parts = [values] if isinstance(values, str) else values
+    return tuple(dict.fromkeys(name.strip() for part in parts for name in part.split(",") if name.strip()))
+
+
+def plan_targets(
+    to: str | Sequence[str],
+    *,
+    precision: str | Sequence[str] | None = None,
+    input: str = "tensor",
+    opset: int | None = None,
+    dynamic_batch: bool = False,
+    deployment_target: str | None = None,
+) -> tuple[Target, ...]:
+    """Turn what a user asked for into targets, refusing every impossible combination before any work.
+
+    `precision` None means each format's default. Options of one format are refused when it is not among the targets.
+    """
+    names = split_list(to)
+    if "all" in names:
+        names = tuple(FORMATS)
+    formats = [FORMATS[choose(name, [*FORMATS, "all"], what="format")] for name in names]
+    if not formats:
+        raise UsageError(f"--to names no format, expected one or more of {', '.join(FORMATS)}, or all")
+    given = {"opset": opset, "dynamic_batch": dynamic_batch, "deployment_target": deployment_target}
+    check_format_options(formats, given)
+    if opset is not None and opset not in OPSETS:
+        raise UsageError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]}")
+    if deployment_target is not None:
+        deployment_target = choose(deployment_target, DEPLOYMENT_TARGETS, what="deployment target")
+    input = choose(input, INPUT_KINDS, what="input kind")
+    targets = []
+    for fmt in formats:
+        for p in split_list(precision) if precision else fmt.precisions[:1]:
+            targets.append(
+                Target(
+                    fmt.name,
+                    choose(p, fmt.precisions, what=f"{fmt.title} precision"),
+                    input,
+                    opset=(opset or OPSETS[0]) if fmt.name == "onnx" else None,
+                    dynamic_batch=dynamic_batch and fmt.name == "onnx",
+                    deployment_target=(deployment_target or "iOS16") if fmt.name == "coreml" else None,
+                )
+            )
+    return tuple(targets)
+
+
+def check_format_options(formats: Sequence[Format], given: dict[str, object]) -> None:
+    """Refuse an option that none of the chosen formats takes, naming the formats that do."""
+    for option, value in given.items():
+        takers = [f.name for f in FORMATS.values() if option in f.options]
+        if value not in (None, False) and not any(option in f.options for f in formats):
+            flag = "--" + option.replace("_", "-")
+            chosen = ", ".join(f.name for f in formats)
+            raise UsageError(f"{flag} does not apply to {chosen}; only {', '.join(takers)} takes it")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`"256"` or `"240x272"` (height x width) -> (height, width) in pixels."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--image-size is {text!r}, expected N or HxW in pixels, such as 256 or 240x320")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """`"1,3,224,224"` -> (1, 3, 224, 224)."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--input-shape is {text!r}, expected positive numbers with commas, such as 1,3,224,224")
+    return tuple(int(part) for part in parts)

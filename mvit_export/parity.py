@@ -1,0 +1,294 @@
+"""Is the file on disk the same function as the PyTorch model it came from?
+
+The saved file runs in the runtime of its format; the reference is the unmodified PyTorch model, rebuilt from its
+weights, or the golden vectors that the export stored (`against="golden"`: no torch needed). First shapes, types,
+finiteness and labels are compared, then the numbers, against one table of tolerances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvit_export.artifact import Artifact, Manifest, TensorSpec, find_artifacts, load_golden, read_artifact, write_json
+from mvit_export.cases import make_cases
+from mvit_export.errors import MvitExportError, RuntimeUnavailable, UsageError
+from mvit_export.runtimes import Arrays, open_session, open_torch
+
+PASS, FAIL, NOT_RUN = "pass", "fail", "not-run"
+REFERENCES = ("pytorch", "golden")
+PARITY = "parity.json"
+FLOAT64_UNIT = 2.0**-53  # unit roundoff
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Bounds on `Metrics`: psnr_db and cosine from below, max_rel and kl from above. `reason` says why these."""
+
+    psnr_db: float
+    max_rel: float
+    cosine: float
+    kl: float
+    reason: str
+
+
+# Apple's guidance for Core ML conversions asks for more than 70 dB in fp32 and 50 dB in fp16.
+TOLERANCES = {
+    ("onnx", "fp32"): Tolerance(100, 1e-5, 1 - 1e-8, 1e-8, "same arithmetic; only the order of sums differs"),
+    ("tflite", "fp32"): Tolerance(100, 1e-5, 1 - 1e-8, 1e-8, "same arithmetic; only the order of sums differs"),
+    ("coreml", "fp32"): Tolerance(100, 1e-5, 1 - 1e-8, 1e-8, "same arithmetic; only the order of sums differs"),
+    ("onnx", "fp16"): Tolerance(50, 2e-2, 1 - 1e-4, 1e-3, "every intermediate has 11 significant bits"),
+    ("tflite", "fp16"): Tolerance(50, 2e-2, 1 - 1e-4, 1e-3, "weights have 11 significant bits, sums stay fp32"),
+    ("coreml", "fp16"): Tolerance(50, 2e-2, 1 - 1e-4, 1e-3, "every intermediate has 11 significant bits"),
+}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How far an output is from its reference; the worst over all inputs and outputs, agreement the mean.
+
+    max_rel is max_abs over the largest absolute reference value. kl (of softmax, in nats) and the agreements are
+    None where the output is no row of class scores.
+    """
+
+    max_abs: float
+    max_rel: float
+    psnr_db: float  # identical outputs reach the resolution of float64, 319 dB
+    cosine: float
+    kl: float | None
+    top1_agreement: float | None
+    top5_agreement: float | None
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """The verdict on one artifact. `reason` is empty for PASS."""
+
+    path: str
+    format: str
+    precision: str
+    status: str
+    reason: str
+    runtime: str | None
+    against: str
+    inputs: int
+    metrics: Metrics | None
+    tolerance: Tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["metrics"] = data["metrics"] or dict.fromkeys(Metrics.__dataclass_fields__)
+        return data
+
+
+def measure(reference: np.ndarray, output: np.ndarray) -> Metrics:
+    """Compare one finite output with its reference of the same shape, (B, classes) or any other.
+
+    PSNR is 10 log10(max(reference^2) / mean((output - reference)^2)), as coremltools' conversion tests define it.
+    """
+    r, o = reference.astype(np.float64), output.astype(np.float64)
+    difference = np.abs(r - o)
+    scale, noise = np.abs(r).max(), np.mean(difference**2)
+    norm = np.linalg.norm(r) * np.linalg.norm(o)
+    scores = r.ndim == 2 and r.shape[1] > 1
+    return Metrics(
+        max_abs=float(difference.max()),
+        max_rel=float(difference.max() / scale) if scale else float(difference.max() > 0),
+        psnr_db=psnr_db(float(scale), float(noise)),
+        cosine=float((r * o).sum() / norm) if norm else float(noise == 0),
+        kl=kl_divergence(r, o) if scores else None,
+        top1_agreement=top_k_agreement(r, o, 1) if scores else None,
+        top5_agreement=top_k_agreement(r, o, 5) if scores else None,
+    )
+
+
+def psnr_db(peak: float, noise: float) -> float:
+    """10 log10(peak^2 / noise) with the noise at least float64's own; 0 where the reference is all zero and missed."""
+    if peak == 0:
+        return 0.0 if noise else -20 * math.log10(FLOAT64_UNIT)
+    return 10 * math.log10(peak**2 / max(noise, (peak * FLOAT64_UNIT) ** 2))
+
+
+def kl_divergence(reference: np.ndarray, output: np.ndarray) -> float:
+    """Largest KL(softmax(reference) || softmax(output)) of the rows, in nats; rounding below zero is cut."""
+    log_p, log_q = log_softmax(reference), log_softmax(output)
+    return float(max(0.0, (np.exp(log_p) * (log_p - log_q)).sum(axis=1).max()))
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+def top_k_agreement(reference: np.ndarray, output: np.ndarray, k: int) -> float:
+    """Share of rows whose k highest classes are the same set. Top-1 is what a user sees; no proof of parity."""
+    k = min(k, reference.shape[1])
+    best = [np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1) for scores in (reference, output)]
+    return float((best[0] == best[1]).all(axis=1).mean())
+
+
+def worst(metrics: Sequence[Metrics]) -> Metrics:
+    """The worst of each figure; the mean of the agreements."""
+
+    def values(name: str) -> list[float]:
+        return [value for m in metrics if (value := getattr(m, name)) is not None]
+
+    return Metrics(
+        max_abs=max(values("max_abs")),
+        max_rel=max(values("max_rel")),
+        psnr_db=min(values("psnr_db")),
+        cosine=min(values("cosine")),
+        kl=max(values("kl"), default=None),
+        top1_agreement=_mean(values("top1_agreement")),
+        top5_agreement=_mean(values("top5_agreement")),
+    )
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def violations(metrics: Metrics, tolerance: Tolerance) -> list[str]:
+    """Each figure outside its bound, in words."""
+    found = []
+    if metrics.psnr_db < tolerance.psnr_db:
+        found.append(f"PSNR {metrics.psnr_db:.1f} dB, at least {tolerance.psnr_db:g} expected")
+    if metrics.max_rel > tolerance.max_rel:
+        found.append(f"max error {metrics.max_rel:.1e} of the scale, at most {tolerance.max_rel:g} expected")
+    if metrics.cosine < tolerance.cosine:
+        found.append(f"1 - cosine {1 - metrics.cosine:.1e}, at most {1 - tolerance.cosine:.0e} expected")
+    if metrics.kl is not None and metrics.kl > tolerance.kl:
+        found.append(f"KL {metrics.kl:.1e}, at most {tolerance.kl:g} expected")
+    return found
+
+
+def verify(
+    path: str | Path,
+    *,
+    against: str = "pytorch",
+    weights: str | Path | None = None,
+    on_case: Callable[[int, int], None] | None = None,
+) -> tuple[ParityResult, ...]:
+    """Check every artifact that `path` means and write each verdict to its parity.json.
+
+    `against` is "pytorch" (the model rebuilt from its weights; `weights` if they have moved) or "golden" (the stored
+    vectors; needs numpy, safetensors and the runtime alone). `on_case(done, total)` is called for progress.
+    Raises ArtifactError, WeightsError or UsageError where the question itself cannot be asked.
+    """
+    if against not in REFERENCES:
+        raise UsageError(f"--against is {against!r}, expected one of {', '.join(REFERENCES)}")
+    if weights is not None and against == "golden":
+        raise UsageError("--weights has no use with --against golden, which reads the stored vectors alone")
+    artifacts = [read_artifact(place) for place in find_artifacts(path)]
+    return tuple(_verify_one(artifact, against, weights, on_case) for artifact in artifacts)
+
+
+def _verify_one(
+    artifact: Artifact, against: str, weights: str | Path | None, on_case: Callable[[int, int], None] | None
+) -> ParityResult:
+    manifest = artifact.manifest
+    tolerance = TOLERANCES[manifest.format, manifest.precision]
+
+    def result(status: str, reason: str, runtime: str | None, inputs: int, metrics: Metrics | None) -> ParityResult:
+        return ParityResult(
+            str(artifact.path), manifest.format, manifest.precision, status, reason, runtime, against, inputs,
+            metrics, tolerance,
+        )  # fmt: skip
+
+    try:
+        session = open_session(artifact)
+    except RuntimeUnavailable as error:
+        verdict = result(NOT_RUN, str(error), None, 0, None)
+    else:
+        pairs = _golden_pairs(artifact) if against == "golden" else _reference_pairs(manifest, weights)
+        reasons, metrics, count = compare(manifest, session.run, pairs, on_case)
+        if session.labels != manifest.model.labels:
+            reasons.insert(0, describe_labels(manifest.model.labels, session.labels))
+        if not reasons and metrics is not None:
+            reasons = violations(metrics, tolerance)
+        verdict = result(FAIL if reasons else PASS, "; ".join(reasons), session.runtime, count, metrics)
+    write_json(artifact.path / PARITY, verdict.to_json())
+    return verdict
+
+
+Pair = tuple[str, np.ndarray, Arrays]  # case name, the artifact's input, the reference outputs
+
+
+def _golden_pairs(artifact: Artifact) -> list[Pair]:
+    name = artifact.manifest.inputs[0].name
+    return [(case, tensors.pop(name), tensors) for case, tensors in load_golden(artifact).items()]
+
+
+def _reference_pairs(manifest: Manifest, weights: str | Path | None) -> list[Pair]:
+    from mvit_export.models.load import rebuild_model
+
+    reference = open_torch(rebuild_model(manifest, weights=weights).module)
+    return [(case.name, case.artifact_input, reference.run(case.model_input)) for case in make_cases(manifest)]
+
+
+def compare(
+    manifest: Manifest,
+    run: Callable[[np.ndarray], Arrays],
+    pairs: Sequence[Pair],
+    on_case: Callable[[int, int], None] | None = None,
+) -> tuple[list[str], Metrics | None, int]:
+    """Run every input; give the structural faults (none is good), the worst metrics, and how many inputs ran."""
+    faults: list[str] = []
+    measured: list[Metrics] = []
+    for done, (case, array, reference) in enumerate(pairs, start=1):
+        try:
+            outputs = run(array)
+        except MvitExportError:
+            raise
+        except Exception as error:  # each runtime has its own exception types; a run that fails is a failed check
+            faults.append(f"{case}: the runtime failed: {str(error).strip().splitlines()[0]}")
+            break
+        found = list(structural_faults(case, manifest.outputs, reference, outputs))
+        faults += found
+        if not found:
+            measured += [measure(reference[spec.name], outputs[spec.name]) for spec in manifest.outputs]
+        if on_case:
+            on_case(done, len(pairs))
+    return faults[:3], worst(measured) if measured else None, len(pairs)
+
+
+def structural_faults(case: str, specs: Sequence[TensorSpec], reference: Arrays, outputs: Arrays) -> Iterator[str]:
+    """Names, shapes, types and finiteness: what makes the numbers not worth comparing."""
+    for spec in specs:
+        if spec.name not in outputs:
+            yield f"{case}: no output {spec.name!r}, the file has {', '.join(sorted(outputs))}"
+            continue
+        expected, found = reference[spec.name], outputs[spec.name]
+        if not np.isfinite(expected).all():
+            yield f"{case}: the reference itself holds NaN or Inf in {spec.name}; the weights overflow in fp32"
+        elif found.shape != expected.shape:
+            yield f"{case}: {spec.name} has shape {found.shape}, expected {expected.shape}"
+        elif found.dtype != np.dtype(spec.dtype):
+            yield f"{case}: {spec.name} is {found.dtype}, expected {spec.dtype}"
+        elif not np.isfinite(found).all():
+            yield f"{case}: {spec.name} holds {np.isnan(found).sum()} NaN and {np.isinf(found).sum()} Inf"
+
+
+def describe_labels(expected: tuple[str, ...] | None, found: tuple[str, ...] | None) -> str:
+    """The first difference between the manifest's labels and the file's."""
+    if expected is None or found is None or len(expected) != len(found):
+        count = [f"{len(labels)} labels" if labels else "no labels" for labels in (found, expected)]
+        return f"the file carries {count[0]}, the manifest {count[1]}"
+    index = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+    return f"label {index} is {found[index]!r} in the file, {expected[index]!r} in the manifest"
+
+
+def overall_status(results: Sequence[ParityResult]) -> str:
+    """FAIL outweighs NOT-RUN, which outweighs PASS. No result at all is NOT-RUN."""
+    statuses = {result.status for result in results}
+    return FAIL if FAIL in statuses else NOT_RUN if NOT_RUN in statuses or not statuses else PASS
+
+
+def summarise(results: Sequence[ParityResult]) -> Mapping[str, Any]:
+    """The JSON document of `mvit-export verify --json`."""
+    return {"status": overall_status(results), "artifacts": [result.to_json() for result in results]}

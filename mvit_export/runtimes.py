@@ -1,0 +1,160 @@
+"""One adapter for each runtime that can execute an exported file, behind one small interface.
+
+A runtime that cannot work here raises RuntimeUnavailable with the reason; nothing is replaced by something else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mvit_export.artifact import Artifact
+from mvit_export.errors import ArtifactError, RuntimeUnavailable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model. `run` takes the input array and gives every output by name; `labels` are the file's own."""
+
+    runtime: str  # name and version, and what executed
+    run: Callable[[np.ndarray], Arrays]
+    labels: tuple[str, ...] | None
+
+
+def open_session(artifact: Artifact) -> Session:
+    """Load the artifact's model file in the runtime of its format.
+
+    Raises RuntimeUnavailable where that runtime cannot work here, ArtifactError where it rejects the file.
+    """
+    return RUNTIMES[artifact.manifest.format](artifact)
+
+
+def open_onnx(artifact: Artifact) -> Session:
+    """ONNX Runtime on its CPU provider."""
+    ort = _runtime_module("onnxruntime", "pip install onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    with _rejection(artifact, "ONNX Runtime"):
+        session = ort.InferenceSession(artifact.model_path, options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        (input_name,) = [node.name for node in session.get_inputs()]
+    labels = session.get_modelmeta().custom_metadata_map.get("labels")
+
+    def run(array: np.ndarray) -> Arrays:
+        return dict(zip(names, session.run(None, {input_name: array}), strict=True))
+
+    return Session(f"onnxruntime {ort.__version__} CPU", run, tuple(json.loads(labels)) if labels else None)
+
+
+def open_tflite(artifact: Artifact) -> Session:
+    """LiteRT on its CPU kernels (XNNPACK): ai-edge-litert, else its predecessor tflite-runtime."""
+    name, version, interpreter_class = litert_runtime()
+    with _rejection(artifact, name):
+        interpreter = interpreter_class(model_path=str(artifact.model_path))
+        runner = interpreter.get_signature_runner()
+        (input_name,) = runner.get_input_details()
+
+    def run(array: np.ndarray) -> Arrays:
+        return dict(runner(**{input_name: array}))
+
+    return Session(f"{name} {version} CPU", run, _packed_labels(artifact))
+
+
+def litert_runtime() -> tuple[str, str, Any]:
+    """(distribution, version, Interpreter class) of whichever TFLite runtime is installed, the successor first."""
+    reasons = []
+    for distribution, module in (("ai-edge-litert", "ai_edge_litert"), ("tflite-runtime", "tflite_runtime")):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        try:
+            found = importlib.import_module(f"{module}.interpreter")
+        except (ImportError, AttributeError) as error:  # numpy 2 breaks tflite-runtime with either
+            reasons.append(f"{distribution} {version} does not import beside numpy {np.__version__} ({error})")
+        else:
+            return distribution, version, found.Interpreter
+    raise RuntimeUnavailable("; ".join(reasons) or "no TFLite runtime is installed: pip install ai-edge-litert")
+
+
+def _packed_labels(artifact: Artifact) -> tuple[str, ...] | None:
+    """TFLite metadata packs its label file as a zip at the end of the model."""
+    try:
+        with zipfile.ZipFile(artifact.model_path) as packed:
+            return tuple(packed.read("labels.txt").decode("utf-8").splitlines())
+    except (zipfile.BadZipFile, KeyError):
+        return None
+
+
+def open_coreml(artifact: Artifact) -> Session:
+    """Core ML itself, which exists on macOS only."""
+    if platform.system() != "Darwin":
+        raise RuntimeUnavailable(f"Core ML predicts on macOS only, this is {platform.system()}")
+    ct = _runtime_module("coremltools", "pip install coremltools")
+    with _rejection(artifact, "Core ML"):
+        model = ct.models.MLModel(str(artifact.model_path))
+    metadata = model.get_spec().description.metadata.userDefined
+    spec = artifact.manifest.inputs[0]
+
+    def run(array: np.ndarray) -> Arrays:
+        outputs = model.predict({spec.name: _pil_image(array) if spec.layout == "NHWC" else array})
+        return {name: np.asarray(outputs[name]) for name in artifact.manifest.output_names}
+
+    labels = tuple(json.loads(metadata["labels"])) if "labels" in metadata else None
+    return Session(f"Core ML on macOS {platform.mac_ver()[0]}", run, labels)
+
+
+def _pil_image(batch: np.ndarray) -> Any:
+    """uint8 RGB (1, H, W, 3) -> the PIL image that Core ML's image inputs take."""
+    from PIL import Image
+
+    return Image.fromarray(batch[0])
+
+
+def open_torch(module: nn.Module) -> Session:
+    """PyTorch eager: the reference. `run` takes and gives float32 arrays."""
+    import torch
+
+    from mvit_export.models.load import name_outputs
+
+    def run(array: np.ndarray) -> Arrays:
+        with torch.no_grad():
+            outputs = name_outputs(module(torch.from_numpy(array)))
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    return Session(f"torch {torch.__version__} CPU eager", run, None)
+
+
+RUNTIMES: dict[str, Callable[[Artifact], Session]] = {"coreml": open_coreml, "onnx": open_onnx, "tflite": open_tflite}
+
+
+def _runtime_module(name: str, install: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RuntimeUnavailable(f"{name} does not import ({error}): {install}") from error
+
+
+@contextmanager
+def _rejection(artifact: Artifact, runtime: str) -> Iterator[None]:
+    """Turn whatever a runtime raises while loading into one line; their exception types have no common base."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{artifact.model_path} is rejected by {runtime}: {reason}; export again") from error

@@ -1,0 +1,189 @@
+"""A directory that appears whole or not at all.
+
+The new directory is filled under a hidden name beside its place, synced, and moved there by one rename. The hidden
+directory is its own lock (flock), which the kernel drops when its run dies, so no lock file is left and a leftover of
+a dead run can be told from the work of a living one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mvit_export.errors import ArtifactError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; the converters do not run there either
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".partial"
+PATIENCE = 0.5  # seconds; a run that only looks for leftovers holds a lock for less
+
+
+@contextmanager
+def staged_directory(place: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give an empty directory to fill; on success it becomes `place`, on an error nothing is left of it.
+
+    Raises ArtifactError where `place` exists and `overwrite` is False, another run is writing it, or the disk refuses.
+    """
+    check_free(place, overwrite=overwrite)
+    made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]  # innermost first
+    with _disk_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place.parent)
+        staging = place.parent / f".{place.name}{SUFFIX}"
+        lock = _claim(staging, place)
+    try:
+        with _disk_errors(place):
+            yield staging
+            _sync(staging)
+            check_free(place, overwrite=overwrite)
+            _move(staging, place)
+    finally:
+        with suppress(OSError):
+            if _same(staging, lock):  # an error left it; after success the name may be another run's already
+                shutil.rmtree(staging)
+            for folder in made:
+                folder.rmdir()  # only if empty: a failed run leaves no folders behind either
+        os.close(lock)
+
+
+def check_free(place: Path, *, overwrite: bool) -> None:
+    """Refuse an existing `place` unless it may be overwritten; only artifact directories are ever overwritten."""
+    if not os.path.lexists(place):
+        return
+    if not overwrite:
+        raise ArtifactError(f"{place} exists; pass --overwrite to replace it, or another --out")
+    if place.is_symlink() or not (place / "manifest.json").is_file():
+        raise ArtifactError(f"{place} exists and is no artifact directory; move it away, or pass another --out")
+
+
+def _claim(staging: Path, place: Path) -> int:
+    """Make and lock the staging directory; a dead run's leftover under that name is emptied and taken over."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with suppress(FileExistsError):
+            staging.mkdir()
+        with suppress(FileNotFoundError):  # its run ended between our two steps and took it away: start anew
+            lock = os.open(staging, os.O_RDONLY)
+            if _try_lock(lock) and _same(staging, lock):
+                _clear(staging)
+                return lock
+            os.close(lock)
+        if time.monotonic() > deadline:
+            raise ArtifactError(f"another run is writing {place}; wait for it, or pass another --out")
+        time.sleep(0.02)
+
+
+def _try_lock(descriptor: int) -> bool:
+    if fcntl is None:
+        raise ArtifactError("this system has no flock, which a safe export needs; use Linux or macOS")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _same(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _clear(directory: Path) -> None:
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what dead runs left in `parent`; put back an old directory that a plain rename had moved aside."""
+    for aside in parent.glob(f".*{SUFFIX}.old"):
+        place = parent / aside.name.removeprefix(".").removesuffix(f"{SUFFIX}.old")
+        shutil.rmtree(aside) if place.exists() else aside.rename(place)
+    for leftover in parent.glob(f".*{SUFFIX}"):
+        with suppress(FileNotFoundError):
+            lock = os.open(leftover, os.O_RDONLY)
+            try:
+                if _try_lock(lock) and _same(leftover, lock):
+                    shutil.rmtree(leftover)
+            finally:
+                os.close(lock)
+
+
+def _sync(directory: Path) -> None:
+    """fsync every file and directory below, so that the rename never outlives the contents."""
+    for root, _, files in os.walk(directory):
+        for path in [*(os.path.join(root, name) for name in files), root]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _move(staging: Path, place: Path) -> None:
+    """Put `staging` at `place` in one step; an old directory is left under the staging name, still locked."""
+    if not place.exists():
+        staging.rename(place)
+    else:
+        old = os.open(place, os.O_RDONLY)
+        try:
+            _try_lock(old)  # so that no other run takes the old directory for a leftover while it is deleted
+            if not _exchange(staging, place):
+                _exchange_by_renames(staging, place)
+            shutil.rmtree(staging)
+        finally:
+            os.close(old)
+    parent = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names atomically; False where the system or the file system cannot.
+
+    Linux: renameat2(2) with RENAME_EXCHANGE = 2. macOS: renamex_np(2) with RENAME_SWAP = 2.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(a), os.fsencode(b)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        result = libc.renamex_np(*names, 2)
+    elif hasattr(libc, "renameat2"):
+        at_cwd = -100
+        result = libc.renameat2(at_cwd, names[0], at_cwd, names[1], 2)
+    else:
+        return False
+    if result == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _exchange_by_renames(staging: Path, place: Path) -> None:
+    """Two renames where no exchange exists. A kill between them hides the old directory; `_sweep` puts it back."""
+    aside = staging.with_name(f"{staging.name}.old")
+    place.rename(aside)
+    staging.rename(place)
+    aside.rename(staging)
+
+
+@contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{place} cannot be written: {error.strerror or error}") from error
