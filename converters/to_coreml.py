@@ -2,7 +2,7 @@
 
 fp16 is compute precision; inputs and outputs are float32 in both precisions, so that one app code serves both. With
 `--input image` the input is an ImageType with the checkpoint's channel order and scale; with labels the model is a
-classifier that gives `classLabel` and `probabilities` next to `logits`.
+classifier that gives `classLabel` and `classLabel_probs` next to `logits`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,30 @@ def conversion_options(ct: Any, conversion: Conversion, module: CoreMLForm) -> d
         options["classifier_config"] = ct.ClassifierConfig(
             list(conversion.labels or ()), predicted_probabilities_output="probabilities"
         )
+        options["pass_pipeline"] = classifier_pipeline(ct)
     return options
+
+
+def classifier_pipeline(ct: Any) -> Any:
+    """The default passes, then one that forgets the output types, which have been applied by then.
+
+    coremltools 9 adds `classLabel` to a classifier's outputs after the passes and then looks each output up in the
+    list of types, one short: "list index out of range" for any classifier with a second output such as logits.
+    """
+    from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
+    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY, register_pass
+
+    name = "mvit_export::forget_output_types"
+    if name not in PASS_REGISTRY.passes:
+
+        @register_pass(namespace="mvit_export")
+        class forget_output_types(AbstractGraphPass):  # noqa: N801 (the registry takes the pass's name from it)
+            def apply(self, program: Any) -> None:
+                program.functions["main"].set_output_types(None)
+
+    pipeline = ct.PassPipeline.DEFAULT
+    pipeline.append_pass(name)
+    return pipeline
 
 
 def input_type(ct: Any, conversion: Conversion) -> Any:

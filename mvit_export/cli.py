@@ -250,9 +250,8 @@ def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
             terminal.error(error)
             raise typer.Exit(EXIT_ERROR) from error
         except Exception as error:  # a bug of ours: still one line and never the exit code of a failed check
-            terminal.error(
-                RuntimeError(f"internal error, {type(error).__name__}: {error}; -v shows where, please report")
-            )
+            message = f"internal error, {type(error).__name__}: {error}; -v shows where, please report it"
+            terminal.error(RuntimeError(message).with_traceback(error.__traceback__))
             raise typer.Exit(EXIT_ERROR) from error
 
 

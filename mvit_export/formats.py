@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mvit_export.errors import UsageError
@@ -107,7 +107,7 @@ def plan_targets(
     return tuple(targets)
 
 
-def check_format_options(formats: Sequence[Format], given: dict[str, object]) -> None:
+def check_format_options(formats: Sequence[Format], given: Mapping[str, object]) -> None:
     """Refuse an option that none of the chosen formats takes, naming the formats that do."""
     for option, value in given.items():
         takers = [f.name for f in FORMATS.values() if option in f.options]

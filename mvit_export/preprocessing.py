@@ -58,8 +58,8 @@ class Preprocessing:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
         """Rebuild from `to_json`'s dict (tuples may have become lists)."""
-        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 # By weight family. Facts: ml-cvnets v0.1 and the Hugging Face image processor; timm's `mobilevit_*` configurations.
@@ -96,8 +96,8 @@ def to_picture(image: Image, preprocessing: Preprocessing) -> np.ndarray:
 
 def to_tensor(pictures: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """uint8 RGB (B, H, W, 3) -> float32 (B, 3, H, W) in the checkpoint's channel order and value range."""
-    x = pictures.astype(np.float32) / np.float32(255)
     if preprocessing.channel_order == "BGR":
-        x = x[..., ::-1]
-    x = (x - np.asarray(preprocessing.mean, np.float32)) / np.asarray(preprocessing.std, np.float32)
+        pictures = pictures[..., ::-1]
+    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
+    x = (pictures.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32)

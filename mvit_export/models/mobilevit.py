@@ -155,18 +155,20 @@ class Encoder(nn.Module):
 def unfold_patches(x: Tensor, patch: int) -> Tensor:
     """Group the pixels that share a place inside their patch: (B, d, H, W) -> (B * P, N, d)."""
     b, d, h, w = x.shape
-    x = F.pixel_unshuffle(x, patch)  # (B, d*P, nh, nw)
-    x = x.reshape(b, d, patch * patch, (h // patch) * (w // patch))  # (B, d, P, N)
-    return x.permute(0, 2, 3, 1).reshape(b * patch * patch, -1, d)  # (B*P, N, d)
+    nh, nw, area = h // patch, w // patch, patch * patch
+    x = x.reshape(b * d, nh, patch, nw, patch).permute(0, 2, 4, 1, 3)  # (B*d, ph, pw, nh, nw): rank 5 goes everywhere
+    x = x.reshape(b, d, area, nh * nw).permute(0, 2, 3, 1)  # (B, P, N, d)
+    return x.reshape(b * area, nh * nw, d)  # (B*P, N, d)
 
 
 def fold_patches(x: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     """Undo `unfold_patches`: (B * P, N, d) -> (B, d, H, W) with (H, W) = `size`."""
     h, w = size
-    d, area = x.shape[-1], patch * patch
-    x = x.reshape(-1, area, x.shape[1], d).permute(0, 3, 1, 2)  # (B, d, P, N)
-    x = x.reshape(-1, d * area, h // patch, w // patch)  # (B, d*P, nh, nw)
-    return F.pixel_shuffle(x, patch)  # (B, d, H, W)
+    nh, nw, area, d = h // patch, w // patch, patch * patch, x.shape[-1]
+    b = x.shape[0] // area
+    x = x.reshape(b, area, nh * nw, d).permute(0, 3, 1, 2)  # (B, d, P, N)
+    x = x.reshape(b * d, patch, patch, nh, nw).permute(0, 3, 1, 4, 2)  # (B*d, nh, ph, nw, pw)
+    return x.reshape(b, d, h, w)  # (B, d, H, W)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
