@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,17 +75,13 @@ def transformer_stage_names(index: int, depth: int) -> Iterator[Names]:
     yield from inverted_residual_names(f"{stage}.0", f"{cvnets}.0", f"{hf}.downsampling_layer", f"{stage}.0")
     block, local, deep = f"{stage}.1", f"{cvnets}.1.local_rep", f"{cvnets}.1.global_rep"
     yield from conv_norm(f"{block}.local", f"{local}.conv_3x3", f"{hf}.conv_kxk", f"{block}.conv_kxk")
-    yield Names(
-        f"{block}.to_tokens", f"{local}.conv_1x1.block.conv", f"{hf}.conv_1x1.convolution", f"{block}.conv_1x1"
-    )
+    yield Names(f"{block}.to_tokens", f"{local}.conv_1x1.block.conv", f"{hf}.conv_1x1.convolution", f"{block}.conv_1x1")
     for k in range(depth):
         yield from encoder_names(
             f"{block}.encoders.{k}", f"{deep}.{k}", f"{hf}.transformer.layer.{k}", f"{block}.transformer.{k}"
         )
     yield Names(f"{block}.norm", f"{deep}.{depth}", f"{hf}.layernorm", f"{block}.norm")
-    yield from conv_norm(
-        f"{block}.from_tokens", f"{cvnets}.1.conv_proj", f"{hf}.conv_projection", f"{block}.conv_proj"
-    )
+    yield from conv_norm(f"{block}.from_tokens", f"{cvnets}.1.conv_proj", f"{hf}.conv_projection", f"{block}.conv_proj")
     yield from conv_norm(f"{block}.fuse", f"{cvnets}.1.fusion", f"{hf}.fusion", f"{block}.conv_fusion")
 
 
@@ -101,6 +98,7 @@ def encoder_names(ours: str, cvnets: str, hf: str, timm: str) -> list[Names]:
     return [Names(f"{ours}.{a}", f"{cvnets}.{b}", f"{hf}.{c}", f"{timm}.{d}") for a, b, c, d in rows]
 
 
+@lru_cache
 def skeleton(config: MobileViTConfig) -> dict[str, Tensor]:
     """Our state dict without data: names, shapes and dtypes."""
     with torch.device("meta"):
@@ -162,7 +160,9 @@ def fit(
             raise WeightsError(missing(key, want))
     extra = next((key for key in state if key not in expected), None)
     if extra is not None:
-        raise WeightsError(f"{extra} {tuple(state[extra].shape)} is in the checkpoint, but the network has no such weight")
+        raise WeightsError(
+            f"{extra} {tuple(state[extra].shape)} is in the checkpoint, but the network has no such weight"
+        )
     for key, tensor in result.items():
         bad = 0 if key in unchecked else int((~torch.isfinite(tensor)).sum())
         if bad:
@@ -227,6 +227,10 @@ REFUSED = (
         "a checkpoint of the re-implementation chinhsuanwu/mobilevit-pytorch, which is another network than the paper's"
         " (fixed head size, no qkv bias, no final LayerNorm, other FFN widths) and cannot be loaded here;"
         " expected ml-cvnets, Hugging Face or timm weights",
+    ),
+    (
+        ("conv_stem.",),
+        "a Hugging Face MobileViTModel: classifier.weight is missing, expected a MobileViTForImageClassification",
     ),
     (
         ("ssd_heads.", "extra_layers."),

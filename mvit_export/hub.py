@@ -1,0 +1,148 @@
+"""Fetch a model's files from the Hugging Face Hub, through huggingface_hub and its cache.
+
+huggingface_hub tries an address that does not answer for minutes. So the hub is first asked once, with a deadline;
+where that fails, only the cache is consulted. HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE and tokens work as
+huggingface_hub documents them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvit_export.errors import HubError, require
+
+DEADLINE_S = 6.0  # for the hub's first answer, name lookup included
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one that the repository has
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SETTINGS = ("config.json", "preprocessor_config.json")  # either may be absent
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The folder in huggingface_hub's cache that holds the files of one commit."""
+
+    folder: Path
+    commit: str
+
+
+def fetch_model(repo: str, revision: str | None = None) -> Snapshot:
+    """Download config.json, preprocessor_config.json and the weights of `repo` ("owner/name"), as far as they exist.
+
+    Needs the network only for what the cache lacks. Raises HubError (unreachable within 10 s, no such repository or
+    revision, gated, no weights, broken transfer) and MissingDependencyError.
+    """
+    hub = require("huggingface_hub", extra="hub", purpose="to download weights")
+    revision = revision or "main"
+    try:
+        hub.utils.validate_repo_id(repo)
+    except hub.errors.HFValidationError as error:
+        raise HubError(f"{repo!r} is no repository name, expected OWNER/NAME[@REVISION]") from error
+    failure = ask(hub, repo, revision)
+    if isinstance(failure, hub.errors.RevisionNotFoundError):
+        raise HubError(explain(hub, repo, revision, failure)) from failure
+    with quiet(hub):
+        return download(hub, repo, revision, failure)
+
+
+def ask(hub: Any, repo: str, revision: str) -> Exception | None:
+    """One HEAD request: None if the hub answers for this repository and revision, else what went wrong.
+
+    It runs in a thread because a name lookup, or a server that sends a byte now and then, obeys no timeout.
+    """
+    answer: list[Exception | None] = []
+
+    def request() -> None:
+        try:
+            url = hub.hf_hub_url(repo, SETTINGS[0], revision=revision)
+            hub.get_hf_file_metadata(url, timeout=DEADLINE_S)
+            answer.append(None)
+        except hub.errors.RemoteEntryNotFoundError:
+            answer.append(None)  # the repository is there, only this file is not
+        except Exception as error:  # whatever it is, `explain` turns it into a HubError unless the cache helps
+            answer.append(error)
+
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(DEADLINE_S)
+    return answer[0] if answer else TimeoutError(f"no answer within {DEADLINE_S:g} s")
+
+
+def download(hub: Any, repo: str, revision: str, failure: Exception | None) -> Snapshot:
+    """The files of one commit; from the cache alone if the hub gave a `failure` instead of an answer."""
+    commit: str | None = None
+
+    def get(name: str) -> Path | None:
+        nonlocal commit
+        try:
+            path = hub.hf_hub_download(repo, name, revision=commit or revision, local_files_only=failure is not None)
+        except hub.errors.RemoteEntryNotFoundError:
+            return None
+        except hub.errors.LocalEntryNotFoundError as error:
+            if failure is not None:
+                return None  # not in the cache
+            raise HubError(explain(hub, repo, revision, error.__cause__ or error)) from error
+        except Exception as error:  # huggingface_hub raises its HTTP library's errors too
+            raise HubError(explain(hub, repo, revision, error, during=f"while {name} was downloaded")) from error
+        # The first file pins the commit, so that a push in between cannot mix two.
+        commit = commit or Path(path).relative_to(Path(path).parents[name.count("/") + 1]).parts[0]
+        return Path(path)
+
+    for name in SETTINGS:
+        get(name)
+    weights = next((path for name in WEIGHTS if (path := get(name))), None)
+    if weights is None:
+        if failure is not None:
+            raise HubError(explain(hub, repo, revision, failure)) from failure
+        sharded = next((name for name in INDEXES if get(name)), None)
+        found = f"only sharded weights ({sharded})" if sharded else "no weights"
+        raise HubError(f"{repo}@{revision} has {found}, expected {' or '.join(WEIGHTS)}: choose another repository")
+    check_digest(weights)
+    assert commit is not None
+    return Snapshot(weights.parent, commit)
+
+
+def check_digest(path: Path) -> None:
+    """The cache calls a large file's blob by its sha256: a blob of that form must have that hash."""
+    blob = path.resolve()
+    if len(blob.name) != 64:  # a small file (git's hash), or a file system without links
+        return
+    digest = hashlib.sha256(blob.read_bytes()).hexdigest()
+    if digest != blob.name:
+        raise HubError(f"{blob} is damaged: its sha256 is {digest}, the hub promised its name; delete it and try again")
+
+
+def explain(hub: Any, repo: str, revision: str, error: BaseException, *, during: str = "") -> str:
+    """One line for what huggingface_hub says in many."""
+    endpoint, errors = hub.constants.ENDPOINT, hub.errors
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated on {endpoint}: accept its terms there, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no repository {repo} on {endpoint}, or it is private: check the name, or `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} on {endpoint} has no revision {revision!r}: give a branch, tag or full commit hash"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{repo}@{revision} is not in the cache and HF_HUB_OFFLINE forbids to fetch it: unset it, or use a file"
+    if during:
+        return f"the download of {repo} broke off {during} ({reason}): try again"
+    return (
+        f"{endpoint} cannot be reached for {repo} ({reason}) and the cache does not have it:"
+        " check the connection or HF_ENDPOINT, or give a local file"
+    )
+
+
+@contextmanager
+def quiet(hub: Any) -> Iterator[None]:
+    """Without huggingface_hub's warnings on retries: what counts comes as one error in the end."""
+    before = hub.logging.get_verbosity()
+    hub.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub.logging.set_verbosity(before)
