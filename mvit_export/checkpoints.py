@@ -44,7 +44,7 @@ def blame(source: str | Path) -> Iterator[None]:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a safetensors file or a pickle of tensors (.pt, .pth, .bin) onto the CPU; WeightsError says why it cannot."""
+    """Read a safetensors file or a pickle of tensors (.pt, .pth, .bin) onto the CPU. Raises WeightsError."""
     path = Path(path)
     with blame(path):
         try:

@@ -90,7 +90,7 @@ def download(hub: Any, repo: str, revision: str, failure: Exception | None) -> S
         except Exception as error:  # huggingface_hub raises its HTTP library's errors too
             raise HubError(explain(hub, repo, revision, error, during=f"while {name} was downloaded")) from error
         # The first file pins the commit, so that a push in between cannot mix two.
-        commit = commit or Path(path).relative_to(Path(path).parents[name.count("/") + 1]).parts[0]
+        commit = Path(path).parent.name
         return Path(path)
 
     for name in SETTINGS:

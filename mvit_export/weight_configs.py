@@ -212,9 +212,9 @@ def hf_sizes(values: Json) -> tuple[Size, float | None]:
 
 def height_width(values: Json, name: str, default: int) -> Size:
     found = values.get(name, default)
-    pair = (found.get("height"), found.get("width")) if isinstance(found, Mapping) else (found, found)
-    if isinstance(pair[0], int) and isinstance(pair[1], int) and min(pair) > 0:  # type: ignore[type-var]
-        return pair[0], pair[1]
+    height, width = (found.get("height"), found.get("width")) if isinstance(found, Mapping) else (found, found)
+    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+        return height, width
     raise unusable(name, found, "height and width in pixels")
 
 

@@ -234,7 +234,8 @@ REFUSED = (
     ),
     (
         ("ssd_heads.", "extra_layers."),
-        "a detection checkpoint (SSDLite): only classification is exported so far; expected a checkpoint with a classifier",
+        "a detection checkpoint (SSDLite): only classification is exported so far;"
+        " expected a checkpoint with a classifier",
     ),
     (
         ("seg_head.", "segmentation_head."),

@@ -145,15 +145,19 @@ def our_details(text: str, variant: str | None, patch_config: str | None) -> Det
     """Read back what `save_weights` wrote."""
     try:
         data = json.loads(text)
-        sizes = {f.name: data["config"][f.name] for f in fields(MobileViTConfig)}
+        sizes: dict[str, Any] = {f.name: data["config"][f.name] for f in fields(MobileViTConfig)}
         config = MobileViTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
         preprocessing = Preprocessing.from_json(data["preprocessing"])
         labels = None if data.get("labels") is None else tuple(map(str, data["labels"]))
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise WeightsError(f"its {OURS} metadata is damaged ({error}), expected what save_weights writes") from error
     if variant is not None:
-        sizes = {"num_classes": config.num_classes, "patch_config": config.patch_config}
-        config = replace(VARIANTS[variant], **sizes, output_stride=config.output_stride)
+        config = replace(
+            VARIANTS[variant],
+            num_classes=config.num_classes,
+            patch_config=config.patch_config,
+            output_stride=config.output_stride,
+        )
     if patch_config not in (None, config.patch_config):
         message = f"saved with patch configuration {config.patch_config}, asked for {patch_config}"
         raise WeightsError(f"{message}: leave --patch-config out or use --patch-config {config.patch_config}")
@@ -162,8 +166,11 @@ def our_details(text: str, variant: str | None, patch_config: str | None) -> Det
 
 def variant_of(config: MobileViTConfig) -> str:
     """The variant whose sizes `config` has, "custom" if none."""
-    free = {"num_classes": 1, "patch_config": "A", "output_stride": 32, "dropout": 0.0}
-    return next((name for name, row in VARIANTS.items() if replace(row, **free) == replace(config, **free)), CUSTOM)
+    for name, row in VARIANTS.items():
+        same = (row.stem, row.stages, row.widths, row.head, row.expansion)
+        if same == (config.stem, config.stages, config.widths, config.head, config.expansion):
+            return name
+    return CUSTOM
 
 
 def check_classes(found: int, wanted: int | None) -> None:
