@@ -8,12 +8,13 @@ huggingface_hub documents them.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from mvit_export.errors import HubError, require
 
@@ -37,7 +38,7 @@ def fetch_model(repo: str, revision: str | None = None) -> Snapshot:
     Needs the network only for what the cache lacks. Raises HubError (unreachable within 10 s, no such repository or
     revision, gated, no weights, broken transfer) and MissingDependencyError.
     """
-    hub = require("huggingface_hub", extra="hub", purpose="to download weights")
+    hub = library()
     revision = revision or "main"
     try:
         hub.utils.validate_repo_id(repo)
@@ -50,7 +51,15 @@ def fetch_model(repo: str, revision: str | None = None) -> Snapshot:
         return download(hub, repo, revision, failure)
 
 
-def ask(hub: Any, repo: str, revision: str) -> Exception | None:
+def library() -> ModuleType:
+    """huggingface_hub with the submodules used here as its attributes."""
+    hub = require("huggingface_hub", extra="hub", purpose="to download weights")
+    for name in ("constants", "errors", "utils"):
+        importlib.import_module(f"huggingface_hub.{name}")
+    return hub
+
+
+def ask(hub: ModuleType, repo: str, revision: str) -> Exception | None:
     """One HEAD request: None if the hub answers for this repository and revision, else what went wrong.
 
     It runs in a thread because a name lookup, or a server that sends a byte now and then, obeys no timeout.
@@ -73,7 +82,7 @@ def ask(hub: Any, repo: str, revision: str) -> Exception | None:
     return answer[0] if answer else TimeoutError(f"no answer within {DEADLINE_S:g} s")
 
 
-def download(hub: Any, repo: str, revision: str, failure: Exception | None) -> Snapshot:
+def download(hub: ModuleType, repo: str, revision: str, failure: Exception | None) -> Snapshot:
     """The files of one commit; from the cache alone if the hub gave a `failure` instead of an answer."""
     commit: str | None = None
 
@@ -117,7 +126,7 @@ def check_digest(path: Path) -> None:
         raise HubError(f"{blob} is damaged: its sha256 is {digest}, the hub promised its name; delete it and try again")
 
 
-def explain(hub: Any, repo: str, revision: str, error: BaseException, *, during: str = "") -> str:
+def explain(hub: ModuleType, repo: str, revision: str, error: BaseException, *, during: str = "") -> str:
     """One line for what huggingface_hub says in many."""
     endpoint, errors = hub.constants.ENDPOINT, hub.errors
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -138,7 +147,7 @@ def explain(hub: Any, repo: str, revision: str, error: BaseException, *, during:
 
 
 @contextmanager
-def quiet(hub: Any) -> Iterator[None]:
+def quiet(hub: ModuleType) -> Iterator[None]:
     """Without huggingface_hub's warnings on retries: what counts comes as one error in the end."""
     before = hub.logging.get_verbosity()
     hub.logging.set_verbosity_error()

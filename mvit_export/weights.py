@@ -145,8 +145,9 @@ def our_details(text: str, variant: str | None, patch_config: str | None) -> Det
     """Read back what `save_weights` wrote."""
     try:
         data = json.loads(text)
-        sizes: dict[str, Any] = {f.name: data["config"][f.name] for f in fields(MobileViTConfig)}
-        config = MobileViTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+        values = {f.name: data["config"][f.name] for f in fields(MobileViTConfig)}
+        sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        config = MobileViTConfig(**sizes)
         preprocessing = Preprocessing.from_json(data["preprocessing"])
         labels = None if data.get("labels") is None else tuple(map(str, data["labels"]))
     except (ValueError, KeyError, TypeError, UsageError) as error:
