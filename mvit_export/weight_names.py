@@ -100,9 +100,10 @@ def encoder_names(ours: str, cvnets: str, hf: str, timm: str) -> list[Names]:
 
 @lru_cache
 def skeleton(config: MobileViTConfig) -> dict[str, Tensor]:
-    """Our state dict without data: names, shapes and dtypes."""
-    with torch.device("meta"):
-        return dict(MobileViT(config).state_dict())
+    """Our state dict without data: names, shapes and dtypes. torch's global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):  # building it on the meta device is slower: 1.2 s the first time
+        state = MobileViT(config).state_dict()
+    return {key: torch.empty_like(tensor, device="meta") for key, tensor in state.items()}
 
 
 def key_table(family: str, config: MobileViTConfig) -> dict[str, dict[str, Tensor]]:
