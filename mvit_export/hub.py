@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +47,15 @@ def fetch_model(repo: str, revision: str | None = None) -> Snapshot:
     failure = ask(hub, repo, revision)
     if isinstance(failure, hub.errors.RevisionNotFoundError):
         raise HubError(explain(hub, repo, revision, failure)) from failure
-    with quiet(hub):
-        return download(hub, repo, revision, failure)
+    if failure is None:
+        with quiet(hub):
+            weights = download(hub, repo, revision)
+    elif (cached := find_cached(hub, repo, revision)) is not None:
+        weights = cached
+    else:
+        raise HubError(explain(hub, repo, revision, failure)) from failure
+    check_digest(weights)
+    return Snapshot(weights.parent, weights.parent.name)
 
 
 def library() -> ModuleType:
@@ -82,38 +89,44 @@ def ask(hub: ModuleType, repo: str, revision: str) -> Exception | None:
     return answer[0] if answer else TimeoutError(f"no answer within {DEADLINE_S:g} s")
 
 
-def download(hub: ModuleType, repo: str, revision: str, failure: Exception | None) -> Snapshot:
-    """The files of one commit; from the cache alone if the hub gave a `failure` instead of an answer."""
-    commit: str | None = None
+def collect(get: Callable[[str], Path | None]) -> Path | None:
+    """Have `get` fetch the settings and the weights; the weights' path, or None if there are none."""
+    for name in SETTINGS:
+        get(name)
+    return next((path for name in WEIGHTS if (path := get(name))), None)
+
+
+def find_cached(hub: ModuleType, repo: str, revision: str) -> Path | None:
+    """The weights in the cache. Only looks at the disk: hf_hub_download asks the hub even for local files."""
+
+    def get(name: str) -> Path | None:
+        found = hub.try_to_load_from_cache(repo, name, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    return collect(get)
+
+
+def download(hub: ModuleType, repo: str, revision: str) -> Path:
+    """The weights, fetched with all that belongs to them from one commit, as far as the cache lacks it."""
+    commit = revision
 
     def get(name: str) -> Path | None:
         nonlocal commit
         try:
-            path = hub.hf_hub_download(repo, name, revision=commit or revision, local_files_only=failure is not None)
+            path = Path(hub.hf_hub_download(repo, name, revision=commit))
         except hub.errors.RemoteEntryNotFoundError:
             return None
-        except hub.errors.LocalEntryNotFoundError as error:
-            if failure is not None:
-                return None  # not in the cache
-            raise HubError(explain(hub, repo, revision, error.__cause__ or error)) from error
-        except Exception as error:  # huggingface_hub raises its HTTP library's errors too
-            raise HubError(explain(hub, repo, revision, error, during=f"while {name} was downloaded")) from error
-        # The first file pins the commit, so that a push in between cannot mix two.
-        commit = Path(path).parent.name
-        return Path(path)
+        except Exception as error:  # huggingface_hub lets its HTTP library's errors through, too
+            raise HubError(explain(hub, repo, revision, error, during=name)) from error
+        commit = path.parent.name  # the first file pins it, so that a push in between cannot mix two
+        return path
 
-    for name in SETTINGS:
-        get(name)
-    weights = next((path for name in WEIGHTS if (path := get(name))), None)
+    weights = collect(get)
     if weights is None:
-        if failure is not None:
-            raise HubError(explain(hub, repo, revision, failure)) from failure
         sharded = next((name for name in INDEXES if get(name)), None)
         found = f"only sharded weights ({sharded})" if sharded else "no weights"
         raise HubError(f"{repo}@{revision} has {found}, expected {' or '.join(WEIGHTS)}: choose another repository")
-    check_digest(weights)
-    assert commit is not None
-    return Snapshot(weights.parent, commit)
+    return weights
 
 
 def check_digest(path: Path) -> None:
@@ -139,7 +152,7 @@ def explain(hub: ModuleType, repo: str, revision: str, error: BaseException, *, 
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{repo}@{revision} is not in the cache and HF_HUB_OFFLINE forbids to fetch it: unset it, or use a file"
     if during:
-        return f"the download of {repo} broke off {during} ({reason}): try again"
+        return f"the download of {repo} broke off at {during} ({reason}): try again"
     return (
         f"{endpoint} cannot be reached for {repo} ({reason}) and the cache does not have it:"
         " check the connection or HF_ENDPOINT, or give a local file"
