@@ -99,7 +99,7 @@ def timm_preprocessing(values: Json) -> Preprocessing:
     channels, height, width = numbers(cfg, "input_size", 3, (3, *known.crop))
     if channels != 3 or height != width:
         raise WeightsError(f"config.json says pretrained_cfg.input_size is {cfg['input_size']}, expected [3, N, N]")
-    crop_pct = cfg.get("crop_pct") or 0.9
+    crop_pct = 0.9 if cfg.get("crop_pct") is None else cfg["crop_pct"]
     if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1:
         raise WeightsError(f"config.json says pretrained_cfg.crop_pct is {crop_pct!r}, expected a number in (0, 1]")
     return Preprocessing(

@@ -402,7 +402,7 @@ def test_variant_of_an_hf_folder_is_judged_by_its_weights(tmp_path: Path) -> Non
     assert_says(message, ["this is variant xs: its ", "use --variant xs"])
 
 
-# --- our own files -----------------------------------------------------------------------------------------------------
+# --- our own files -------------------------------------------------------------------------------------------------
 
 
 def tiny() -> torch.nn.Module:
