@@ -76,8 +76,9 @@ def ask(hub: ModuleType, repo: str, revision: str) -> Exception | None:
     def request() -> None:
         try:
             url = hub.hf_hub_url(repo, SETTINGS[0], revision=revision)
-            hub.get_hf_file_metadata(url, timeout=DEADLINE_S)
-            answer.append(None)
+            metadata = hub.get_hf_file_metadata(url, timeout=DEADLINE_S)
+            stranger = metadata.commit_hash is None  # a login page of some network, or any other web server
+            answer.append(ValueError("what answers there is no model hub") if stranger else None)
         except hub.errors.RemoteEntryNotFoundError:
             answer.append(None)  # the repository is there, only this file is not
         except Exception as error:  # whatever it is, `explain` turns it into a HubError unless the cache helps

@@ -54,6 +54,7 @@ class Repository:
     cut: str | None = None  # the file whose transfer breaks off half-way
     cut_always: bool = True
     lie: bool = False  # promise another content than is sent
+    portal: bool = False  # answer everything with a login page
     requests: list[str] = field(default_factory=list)
 
 
@@ -75,6 +76,10 @@ class Handler(BaseHTTPRequestHandler):
         if not self.path.startswith("/owner/"):  # huggingface_hub asks for more than files now and then
             return self.refuse(404, "")
         owner, name, resolve, revision, file = self.path.lstrip("/").split("/", 4)
+        if repository.portal:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if repository.error:
             return self.refuse(*repository.error)
         if (owner, name, resolve) != ("owner", "net", "resolve"):
@@ -228,6 +233,7 @@ def test_silent_server_with_a_cache(cache: Path) -> None:
         (("owner/net",), {"error": (403, "GatedRepo")}, "HubError owner/net is gated on {endpoint}: accept its terms"),
         (("owner/net",), {"error": (503, "")}, "HubError {endpoint} cannot be reached for owner/net (Server error"),
         (("a/b/c",), {}, "HubError 'a/b/c' is no repository name, expected OWNER/NAME[@REVISION]"),
+        (("owner/net",), {"portal": True}, "cannot be reached for owner/net (what answers there is no model hub)"),
         (("owner/net",), {"lie": True}, "is damaged: its sha256 is "),
     ],
 )

@@ -93,6 +93,16 @@ BAD: dict[str, tuple[Callable[[], bytes | None], dict, list[str]]] = {
         {},
         ["truncated PyTorch file", "expected a whole one"],
     ),
+    "legacy pickle cut in a tensor's size": (
+        lambda: torch_bytes({"a": torch.zeros(1000)}, _use_new_zipfile_serialization=False)[:-4003],
+        {},
+        ["truncated PyTorch file"],
+    ),
+    "zip with damaged names": (
+        lambda: torch_bytes(states("timm")).replace(b"torch._utils", b"torch._\x01\nils"),
+        {},
+        ["this pickle wants to call", "refused"],
+    ),
     "legacy pickle cut in its names": (
         lambda: torch_bytes(states("timm"), _use_new_zipfile_serialization=False)[:300],
         {},
