@@ -124,7 +124,7 @@ def export(
                 input_shape=parse_shape(input_shape) if input_shape else None,
             )  # fmt: skip
             results = mvit_export.export(
-                loaded, **conversion, out=out, overwrite=overwrite, verify=verify,  # type: ignore[arg-type]
+                loaded, **conversion, out=out, overwrite=overwrite, verify=verify,
                 on_step=lambda target, what: step(f"{what} {target.name} ({targets.index(target) + 1}/{len(targets)})"),
             )  # fmt: skip
         finish_export(terminal, loaded, results)

@@ -58,8 +58,9 @@ class Preprocessing:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
         """Rebuild from `to_json`'s dict (tuples may have become lists)."""
-        values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        known = [f.name for f in fields(cls) if f.name in data]
+        values: dict[str, Any] = {k: tuple(data[k]) if isinstance(data[k], list) else data[k] for k in known}
+        return cls(**values)
 
 
 # By weight family. Facts: ml-cvnets v0.1 and the Hugging Face image processor; timm's `mobilevit_*` configurations.

@@ -1,11 +1,76 @@
-"""Shared by all tests: one thread, so that timings and sums repeat; the `slow` marker."""
+"""Shared by all tests: a tiny network, its exports (made once a session), and the command line as a user runs it."""
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+TESTS = Path(__file__).parent
+TINY = f"{TESTS / 'tiny.py'}:tiny"
+LABELS = tuple(f"digit {i}" for i in range(10))
+TARGETS = [(fmt, precision) for fmt in ("coreml", "onnx", "tflite") for precision in ("fp32", "fp16")]
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than about five seconds")
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # so that sums repeat
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def run_cli(*args: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> Finished:
+    """`python -m mvit_export ARGS` in a process of its own."""
+    command = [sys.executable, "-m", "mvit_export", *map(str, args)]
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=600
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Finished]:
+    return run_cli
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Any:
+    from mvit_export import load_model
+
+    return load_model(model=TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_artifact("onnx", "fp32")` -> its artifact directory, unverified; made once, so do not change it."""
+    from mvit_export import export
+
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(fmt: str, precision: str = "fp32", input: str = "tensor") -> Path:
+        key = (fmt, precision, input)
+        if key not in made:
+            out = tmp_path_factory.mktemp("artifacts")
+            (result,) = export(tiny_model, to=fmt, precision=precision, input=input, out=out, verify=False)
+            made[key] = result.artifact.path
+        return made[key]
+
+    return make

@@ -79,7 +79,7 @@ def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> L
     if weights is None and origin.source:
         source = f"{origin.source}@{origin.revision}" if origin.revision else origin.source
     loaded = _load(
-        info.variant,
+        None if source else info.variant,  # a checkpoint of ours may have sizes of its own ("custom")
         None if info.variant else info.source,
         source,
         pretrained=bool(not info.variant and origin.trained and not source),
@@ -108,7 +108,7 @@ def _load(
     require("torch", extra="all", purpose="to build a model")
     if model is not None:
         return _load_any(model, weights, pretrained, seed)
-    return _load_mobilevit(variant, weights, pretrained, num_classes, patch_config or "A", seed)
+    return _load_mobilevit(variant, weights, pretrained, num_classes, patch_config, seed)
 
 
 def check_model_options(
@@ -162,13 +162,13 @@ def _load_mobilevit(
     weights: str | Path | None,
     pretrained: bool,
     num_classes: int | None,
-    patch_config: str,
+    patch_config: str | None,
     seed: int,
 ) -> LoadedModel:
     from mvit_export.models.mobilevit import MobileViT, create_mobilevit
 
     variant = choose(variant, VARIANT_NAMES, what="variant") if variant else None
-    patch_config = patch_config.upper()
+    patch_config = patch_config.upper() if patch_config else None
     if pretrained:
         from mvit_export.weights import OFFICIAL
 
@@ -177,7 +177,7 @@ def _load_mobilevit(
     if weights is None:
         assert variant is not None
         with _seeded(seed):
-            module = create_mobilevit(variant, num_classes=num_classes or 1000, patch_config=patch_config)
+            module = create_mobilevit(variant, num_classes=num_classes or 1000, patch_config=patch_config or "A")
         origin = WeightsInfo(None, None, None, state_digest(module), trained=False, seed=seed)
         preprocessing, labels = DEFAULT_PREPROCESSING, None
     else:
