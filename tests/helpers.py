@@ -37,7 +37,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
             elif name.endswith("num_batches_tracked"):
                 tensor.fill_(7)
-            elif name.endswith("running_mean") or name.endswith("bias"):
+            elif name.endswith(("running_mean", "bias")):
                 normal(tensor, 0.0, 0.3)
             elif tensor.ndim == 1:  # the scale of a norm
                 normal(tensor, 1.0, 0.2)

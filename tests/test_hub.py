@@ -91,6 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             return self.refuse(404, "EntryNotFound", commit)
         self.send(file, content, commit, body)
+        return None
 
     def refuse(self, status: int, code: str, commit: str | None = None) -> None:
         self.send_response(status)
