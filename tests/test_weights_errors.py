@@ -187,6 +187,11 @@ BAD: dict[str, tuple[Callable[[], bytes | None], dict, list[str]]] = {
         ["this is variant xxs: its stages.0.0.conv1_1x1.conv.weight", "use --variant xxs"],
     ),
     "unknown variant": (lambda: torch_bytes(states("timm")), {"variant": "m"}, ["variant is 'm', expected one of xxs"]),
+    "unknown patches": (
+        lambda: torch_bytes(states("timm")),
+        {"patch_config": "C"},
+        ["patch configuration is 'C', expected one of A, B"],
+    ),
     "classes": (
         lambda: torch_bytes(states("timm")),
         {"num_classes": 1000},
@@ -292,7 +297,7 @@ def test_bad_file(name: str, suffix: str, tmp_path: Path) -> None:
     content = make()
     if content is not None:
         file.write_bytes(content)
-    kind = UsageError if name == "unknown variant" else WeightsError
+    kind = UsageError if name in ("unknown variant", "unknown patches") else WeightsError
     message = message_of(lambda: load_weights(str(file), **options), kind)
     assert_says(message, fragments)
     if kind is WeightsError:
