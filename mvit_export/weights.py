@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mvit_export import hub
 from mvit_export.checkpoints import Checkpoint, blame, find_weights, read_checkpoint
 from mvit_export.errors import UsageError, WeightsError
-from mvit_export.models.mobilevit import VARIANTS, MobileViT, MobileViTConfig
+from mvit_export.models.mobilevit import PATCH_CONFIGS, VARIANTS, MobileViT, MobileViTConfig
 from mvit_export.preprocessing import DEFAULT_PREPROCESSING, FAMILY_PREPROCESSING, Preprocessing
 from mvit_export.weight_configs import (
     check_hf_config,
@@ -69,10 +69,12 @@ def load_weights(
 
     `variant` and `num_classes` are taken from the checkpoint; given, they must agree with it. `patch_config` leaves no
     trace in the weights of other families and is "A" where nothing is said.
-    Raises WeightsError (unreadable or unfit), HubError (not to be had), UsageError (no such variant).
+    Raises WeightsError (unreadable or unfit), HubError (not to be had), UsageError (no such variant or patches).
     """
     if variant is not None and variant not in VARIANTS:
         raise UsageError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+    if patch_config not in (None, *PATCH_CONFIGS):
+        raise UsageError(f"patch configuration is {patch_config!r}, expected one of {', '.join(PATCH_CONFIGS)}")
     path, name, revision = locate(source)
     folder = path if path.is_dir() else None
     with blame(name):

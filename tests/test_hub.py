@@ -194,6 +194,8 @@ def test_download_and_optional_files(cache: Path) -> None:
         assert names(folder) == {"config.json", "preprocessor_config.json", "model.safetensors"}
         assert (folder / "model.safetensors").read_bytes() == content.files[COMMIT]["model.safetensors"]
         assert not any("pytorch_model" in request for request in content.requests)
+        # A push in between cannot mix two commits: what follows the first file is asked for by its commit.
+        assert f"GET /owner/net/resolve/{COMMIT}/model.safetensors" in content.requests
     with serve(repository()) as endpoint:
         assert names(folder_of(fetch(endpoint, cache.parent / "two"))) == {"config.json", "model.safetensors"}
 

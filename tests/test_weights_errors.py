@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from mvit_export.weight_names import expected_tensors
 from mvit_export.weights import load_strict, load_weights, save_weights
 
 State = dict[str, torch.Tensor]
+MARK = Path(tempfile.gettempdir()) / f"mvit-export-ran-a-pickle-{os.getpid()}"
 
 
 @cache
@@ -44,7 +46,7 @@ def torch_bytes(content: object, **options: object) -> bytes:
 
 class Malicious:
     def __reduce__(self) -> tuple:
-        return os.system, ("touch /tmp/should-not-be-here",)
+        return os.system, (f"mkdir {MARK}",)
 
 
 def changed(family: str, key: str, value: torch.Tensor | None, variant: str = "xxs") -> bytes:
@@ -185,6 +187,11 @@ BAD: dict[str, tuple[Callable[[], bytes | None], dict, list[str]]] = {
         ["this is variant xxs: its stages.0.0.conv1_1x1.conv.weight", "use --variant xxs"],
     ),
     "unknown variant": (lambda: torch_bytes(states("timm")), {"variant": "m"}, ["variant is 'm', expected one of xxs"]),
+    "unknown patches": (
+        lambda: torch_bytes(states("timm")),
+        {"patch_config": "C"},
+        ["patch configuration is 'C', expected one of A, B"],
+    ),
     "classes": (
         lambda: torch_bytes(states("timm")),
         {"num_classes": 1000},
@@ -290,12 +297,12 @@ def test_bad_file(name: str, suffix: str, tmp_path: Path) -> None:
     content = make()
     if content is not None:
         file.write_bytes(content)
-    kind = UsageError if name == "unknown variant" else WeightsError
+    kind = UsageError if name in ("unknown variant", "unknown patches") else WeightsError
     message = message_of(lambda: load_weights(str(file), **options), kind)
     assert_says(message, fragments)
     if kind is WeightsError:
         assert message.startswith(f"{file}: ") and message.count(str(file)) == 1
-    assert not Path("/tmp/should-not-be-here").exists()
+    assert not MARK.exists()
 
 
 def test_sound_states_of_the_table_load(tmp_path: Path) -> None:
@@ -456,6 +463,10 @@ def test_refused_saves_leave_the_old_file(tmp_path: Path) -> None:
         message_of(call, WeightsError), ["classifier.bias has NaN or Inf as torch.float16", "nothing was written"]
     )
     assert file.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "folder").mkdir()
+    call = lambda: save_weights(tiny(), tmp_path / "folder", preprocessing=DEFAULT_PREPROCESSING)  # noqa: E731
+    assert_says(message_of(call, WeightsError), ["folder: cannot be written ("])
+    assert {path.name for path in tmp_path.iterdir()} == {"w.safetensors", "folder"}  # no temporary file stays
     absent = tmp_path / "no" / "w.safetensors"
     call = lambda: save_weights(tiny(), absent, preprocessing=DEFAULT_PREPROCESSING)  # noqa: E731
     assert_says(message_of(call, WeightsError), [f"{absent}: cannot be written (No such file or directory)"])

@@ -10,13 +10,15 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import define_torchvision_operators, randomize
+from PIL import Image
 from safetensors.torch import save_file
 
 from mvit_export.models.mobilevit import VARIANTS, MobileViT, create_mobilevit
-from mvit_export.preprocessing import FAMILY_PREPROCESSING, Preprocessing
+from mvit_export.preprocessing import FAMILY_PREPROCESSING, Preprocessing, to_picture, to_tensor
 from mvit_export.weight_names import FAMILIES, expected_tensors, map_state, name_table, recognise
 from mvit_export.weights import load_strict, load_weights, save_weights
 
@@ -298,6 +300,24 @@ def test_preprocessor_config_wins(change: dict, expected: Preprocessing, hf_fold
     assert loaded.preprocessing.with_size(expected.crop) == loaded.preprocessing
     assert {**loaded.preprocessing.to_json(), "source": "default"} == expected.to_json()
     assert loaded.labels == ("cat", "dog", "coffee, cup")
+
+
+def test_pixels_are_those_of_transformers(hf_folder: Path, tmp_path: Path) -> None:
+    """A file that transformers' own processor wrote makes the same tensor from the same picture."""
+    name = "transformers.models.mobilevit.image_processing_pil_mobilevit"
+    pil_processor = pytest.importorskip(name, reason="a transformers with the PIL processor").MobileViTImageProcessorPil
+    processor = pil_processor(size={"shortest_edge": 288}, resample=2)
+    processor.save_pretrained(tmp_path)
+    for file in ("model.safetensors", "config.json"):
+        (tmp_path / file).symlink_to(hf_folder / file)
+    preprocessing = load_weights(str(tmp_path)).preprocessing
+    assert preprocessing.source == "preprocessor_config.json"
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 431, 3), dtype=np.uint8))
+    want = processor(picture, return_tensors="np")["pixel_values"]  # (1, 3, 256, 256)
+    got = to_tensor(to_picture(picture, preprocessing)[None], preprocessing)
+    assert got.shape == want.shape == (1, 3, 256, 256)
+    assert np.abs(got - want).max() <= 1e-6
+    assert np.abs(got[:, ::-1] - want).max() > 0.5  # the channel order shows
 
 
 def test_hf_folder_without_preprocessor_config(hf_folder: Path) -> None:
