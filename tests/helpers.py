@@ -6,20 +6,6 @@ import torch
 from torch import nn
 
 
-def define_torchvision_operators() -> None:
-    """Let timm and transformers import a torchvision whose compiled operators do not fit this torch.
-
-    It defines two operators without implementation, only where torchvision itself cannot be imported.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        define_torchvision_operators.library = library  # its operators live as long as it does
-
-
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random values for every weight and BatchNorm statistic, so that each of them matters; then eval mode.
 

@@ -6,6 +6,7 @@ written out a second time, as rules, and checked against the table.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -13,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import define_torchvision_operators, randomize
+from helpers import randomize
 from PIL import Image
 from safetensors.torch import save_file
 
 from mvit_export.models.mobilevit import VARIANTS, MobileViT, create_mobilevit
+from mvit_export.models.sources import import_timm
 from mvit_export.preprocessing import FAMILY_PREPROCESSING, Preprocessing, to_picture, to_tensor
 from mvit_export.weight_names import FAMILIES, expected_tensors, map_state, name_table, recognise
 from mvit_export.weights import load_strict, load_weights, save_weights
 
-define_torchvision_operators()
-timm = pytest.importorskip("timm", reason="timm is the oracle")
-transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
+timm = import_timm()  # first: it makes torchvision importable for both
+transformers = importlib.import_module("transformers")
 
 SIZES = [(256, 256), (224, 224), (240, 272)]
 TOLERANCE = 1e-5  # of the largest logit: fp32 rounding of another order of operations

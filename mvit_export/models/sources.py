@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mvit_export.errors import MissingDependencyError, ModelError, MvitExportError, UsageError
@@ -25,10 +27,7 @@ def absolute_source(source: str) -> str:
 
 def build_timm(source: str, pretrained: bool) -> nn.Module:
     name = source.removeprefix("timm:")
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingDependencyError("timm is not installed, needed for --model timm:NAME: pip install timm") from error
+    timm = import_timm()
     if not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ModelError(
@@ -38,6 +37,38 @@ def build_timm(source: str, pretrained: bool) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # whatever timm or the hub raises, the user asked for this model
         raise ModelError(f"timm could not build {name!r}: {_first_line(error)}") from error
+
+
+def import_timm() -> ModuleType:
+    """timm, also beside a torchvision whose compiled operators were built for another torch (see below)."""
+    define_torchvision_operators()
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"timm does not import ({error}), needed for --model timm:NAME: pip install timm"
+        ) from error
+
+
+def define_torchvision_operators() -> None:
+    """Let timm and transformers import a torchvision whose compiled operators do not fit this torch.
+
+    PyPI's torchvision is built for CUDA; beside a CPU build of torch its import ends with "operator torchvision::nms
+    does not exist". Both packages only use its image transforms. The two operators are declared without an
+    implementation, and only where torchvision cannot be imported otherwise.
+    """
+    import torch
+
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEEP.append(library)  # the operators live as long as it does
+
+
+_KEEP: list[object] = []
 
 
 def timm_preprocessing(module: Any) -> Preprocessing:
