@@ -22,6 +22,7 @@ class Conversion:
     """One call of a converter. `metadata` goes into the file's own metadata fields."""
 
     model: LoadedModel
+    module: nn.Module  # the model's, with BatchNorm folded
     target: Target
     metadata: Mapping[str, str] = field(default_factory=dict)
 

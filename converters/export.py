@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from mvit_export import __version__, parity
 from mvit_export.artifact import (
@@ -28,6 +30,7 @@ from mvit_export.artifact import (
 )
 from mvit_export.cases import GOLDEN_CASES, make_cases
 from mvit_export.converters.capture import INPUT_NAME, Conversion
+from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.errors import ConversionError, MvitExportError, UsageError
 from mvit_export.formats import FORMATS, Target, plan_targets
 from mvit_export.models.load import LoadedModel
@@ -78,11 +81,12 @@ def export(
     for target in targets:
         importlib.import_module(CONVERTERS[target.format])
         check_free(folder / target.name, overwrite=overwrite)
+    folded = fold_batch_norms(model.module, torch.zeros(model.input_shapes[0]))
     results = []
     for target in targets:
         if on_step:
             on_step(target, "convert")
-        artifact = write_artifact(model, target, folder / target.name, overwrite=overwrite)
+        artifact = write_artifact(model, folded, target, folder / target.name, overwrite=overwrite)
         if on_step and verify:
             on_step(target, "verify")
         verdict = parity.verify(artifact.path)[0] if verify else None
@@ -106,7 +110,7 @@ def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
             raise UsageError(f"{FORMATS[target.format].title} takes one --image-size, {len(model.input_shapes)} given")
 
 
-def write_artifact(model: LoadedModel, target: Target, place: Path, *, overwrite: bool) -> Artifact:
+def write_artifact(model: LoadedModel, folded: nn.Module, target: Target, place: Path, *, overwrite: bool) -> Artifact:
     """Convert, describe, hash and move into place."""
     converter = importlib.import_module(CONVERTERS[target.format])
     tools = {name: importlib.metadata.version(name) for name in converter.TOOLS if _installed(name)}
@@ -114,7 +118,7 @@ def write_artifact(model: LoadedModel, target: Target, place: Path, *, overwrite
     with staged_directory(place, overwrite=overwrite) as staging:
         file = staging / (model.info.name + FORMATS[target.format].suffix)
         with conversion_errors(target):
-            capture = converter.convert(Conversion(model, target, file_metadata(manifest)), file)
+            capture = converter.convert(Conversion(model, folded, target, file_metadata(manifest)), file)
         save_golden(staging / GOLDEN, golden_vectors(model, manifest))
         manifest = replace(manifest, capture=capture, files=hash_files(staging))
         write_json(staging / MANIFEST, manifest.to_json())

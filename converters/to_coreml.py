@@ -49,7 +49,7 @@ class CoreMLForm(nn.Module):
 
     def __init__(self, conversion: Conversion) -> None:
         super().__init__()
-        self.model = Exportable(conversion.model.module)
+        self.model = Exportable(conversion.module)
         preprocessing = conversion.model.preprocessing if conversion.target.input == "image" else None
         self.standardise = Standardise(preprocessing) if preprocessing else nn.Identity()
         self.classifier = conversion.labels is not None

@@ -30,7 +30,7 @@ def convert(conversion: Conversion, path: Path) -> str:
     require("onnxscript", extra="onnx", purpose="to write ONNX files")
     target = conversion.target
     module = Exportable(
-        conversion.model.module, preprocessing=baked_preprocessing(conversion), half=target.precision == "fp16"
+        conversion.module, preprocessing=baked_preprocessing(conversion), half=target.precision == "fp16"
     )
     # The exporter fixes a batch axis that it sees as 1, so a dynamic one is traced at 2.
     example = example_input(conversion, batch=2 if target.dynamic_batch else None)

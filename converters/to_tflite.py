@@ -27,7 +27,7 @@ TOOLS = ("torch", "litert-torch", "ai-edge-litert", "ai-edge-quantizer")
 def convert(conversion: Conversion, path: Path) -> str:
     """Write the TFLite file `path`."""
     litert_torch = require("litert_torch", extra="tflite", purpose="to write TFLite files")
-    module = Exportable(conversion.model.module, preprocessing=baked_preprocessing(conversion))
+    module = Exportable(conversion.module, preprocessing=baked_preprocessing(conversion))
     with torch.no_grad():
         edge_model = litert_torch.convert(module, sample_kwargs={INPUT_NAME: example_input(conversion)})
     edge_model.export(str(path))

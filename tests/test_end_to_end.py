@@ -230,7 +230,8 @@ def test_opsets(opset: int, tiny_model: Any, tmp_path: Path) -> None:
 def test_fp16_halves_the_file(tiny_artifact: Callable[..., Path]) -> None:
     for fmt in ("coreml", "onnx", "tflite"):
         full, half = (weight_bytes(read_artifact(tiny_artifact(fmt, p)).model_path, fmt) for p in ("fp32", "fp16"))
-        assert 0.49 < half / full < 0.52, fmt
+        padded = 0.56 if fmt == "coreml" else 0.52  # Core ML pads every blob to 64 bytes
+        assert 0.49 < half / full < padded, fmt
 
 
 def weight_bytes(file: Path, fmt: str) -> int:

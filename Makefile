@@ -1,0 +1,37 @@
+# `make demo`, `make test` and `make check` each set up .venv on a bare machine and run.
+PYTHON ?= python3
+BIN := .venv/bin
+# torch is asked for by range, here and in pyproject.toml: on Linux, a machine without a GPU saves gigabytes
+# by having a CPU build of it installed or configured first.
+RUN := .venv/.run
+DEV := .venv/.dev
+
+.PHONY: demo test quick check clean
+
+demo: $(RUN)
+	@$(BIN)/mvit-export --to all --variant xxs --overwrite || test $$? -eq 3
+	@$(BIN)/mvit-export verify artifacts/mobilevit_xxs || test $$? -eq 3
+
+test: $(DEV)
+	$(BIN)/pytest --cov --cov-report=term:skip-covered --durations=15
+
+quick: $(DEV)
+	$(BIN)/pytest -m 'not slow'
+
+check: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(RUN): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[all]'
+	@touch $@
+
+$(DEV): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(RUN)
+
+clean:
+	rm -rf .venv .coverage build dist *.egg-info
