@@ -104,9 +104,11 @@ def resize(
         raise ValueError(f"nearest neighbour with sampling_mode {sampling_mode} has no written rule of rounding")
     first = x.dim() - resized_dims
     for axis, target in enumerate(shape[len(shape) - resized_dims :], first):
-        if target and target != x.shape[axis]:
-            linear = interpolation_mode == "LINEAR"
-            x = interpolate(x, axis, target, sampling_mode) if linear else nearest(x, axis, target)
+        target = target or x.shape[axis]
+        if interpolation_mode == "NEAREST_NEIGHBOR":
+            x = nearest(x, axis, target)
+        elif target != x.shape[axis] or sampling_mode == "OFFSET_CORNERS":  # elsewhere an equal size changes nothing
+            x = interpolate(x, axis, target, sampling_mode)
     return x
 
 
