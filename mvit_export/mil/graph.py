@@ -26,7 +26,7 @@ from mvit_export.mil.values import HELD, ValueReader, tensor_type
 if TYPE_CHECKING:
     from coremltools.proto.MIL_pb2 import Argument, Block, Function, Operation
 
-CANNOT = (ValueError, TypeError, IndexError, RuntimeError, OverflowError, AttributeError, KeyError)
+CANNOT = (ValueError, TypeError, IndexError, RuntimeError, OverflowError, AttributeError, KeyError, MemoryError)
 
 
 @dataclass(frozen=True)
