@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from mvit_export.errors import ArtifactError, UsageError
-from mvit_export.mil.errors import ExecutionError, first_line
+from mvit_export.mil.errors import printable
 from mvit_export.mil.features import Feature, read_feature
-from mvit_export.mil.graph import CANNOT, Builder, Graph, Op, Step, store
+from mvit_export.mil.graph import Builder, Graph, Op, evaluate, store
 from mvit_export.mil.modules import MODULES_KEY
 from mvit_export.mil.ops.control import State
 from mvit_export.mil.package import Package, read_package
@@ -96,8 +96,7 @@ class Program:
         for step in self._graph.steps:
             made = evaluate(step, slots)
             fresh = not any(isinstance(slots[i], Tensor) and bool(slots[i].isinf().any()) for i in step.reads)
-            each = made if isinstance(made, (tuple, list)) else (made,)
-            for name, dtype, value in zip(step.op.outputs, step.op.dtypes, each, strict=True):
+            for name, dtype, value in zip(step.op.outputs, step.op.dtypes, made, strict=True):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     stats.append(tensor_stats(step.op, name, dtype, value, inputs_finite=fresh))
             store(step, made, slots)
@@ -118,10 +117,10 @@ class Program:
                 missing.append(name)
         if strange or missing:
             what = f"no input {strange[0]!r}" if strange else f"input {missing[0]!r} is missing"
-            raise UsageError(f"{what}; the program takes: {', '.join(self.inputs)}")
+            raise UsageError(f"{what}; the program takes: {', '.join(map(printable, self.inputs))}")
         states = self._graph.states
         if set(state or {}) != set(states):
-            raise UsageError(f"the program has state ({', '.join(states)}): call run(inputs, state=program.make_state())")
+            raise UsageError(f"the program has state ({', '.join(map(printable, states))}): call run(inputs, state=program.make_state())")
         for name, value in (state or {}).items():
             slots[states[name][0]] = value
         return slots
@@ -132,14 +131,6 @@ class Program:
             value = slots[slot]
             outputs[name] = to_numpy(value, dtype) if isinstance(value, Tensor) else value
         return outputs
-
-
-def evaluate(step: Step, slots: list[Any]) -> Any:
-    """What the op returns, not rounded. ExecutionError names the op that failed."""
-    try:
-        return step.call(slots)
-    except CANNOT as error:
-        raise ExecutionError(f"{step.op} failed: {first_line(error)}") from error
 
 
 def load(

@@ -7,6 +7,7 @@ cannot be run is collected and reported in one line, before anything runs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import typing
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from torch import Tensor
 
 from mvit_export.errors import ArtifactError
-from mvit_export.mil.errors import UnsupportedOpError, first_line
+from mvit_export.mil.errors import ExecutionError, UnsupportedOpError, first_line, printable
 from mvit_export.mil.ops import EXACT, HALF_ACCUMULATION, OPS
 from mvit_export.mil.ops.control import State
 from mvit_export.mil.package import OPSETS, Package
@@ -26,7 +27,7 @@ from mvit_export.mil.values import HELD, ValueReader, tensor_type
 if TYPE_CHECKING:
     from coremltools.proto.MIL_pb2 import Argument, Block, Function, Operation
 
-CANNOT = (ValueError, TypeError, IndexError, RuntimeError, OverflowError, AttributeError, KeyError, MemoryError)
+CANNOT = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Step:
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     half: tuple[bool, ...]  # which outputs are to be rounded to fp16
+    shapes: tuple[tuple[int | None, ...], ...]  # of the outputs, as declared
     dies: tuple[int, ...] = ()  # slots that nobody reads after this step
 
 
@@ -129,7 +131,7 @@ class Builder:
         block = self.block()
         inputs, states = self.add_inputs()
         for index, operation in enumerate(block.operations):
-            self.add(operation, f"{self.name}[{index}]")
+            self.add(operation, f"{printable(self.name)}[{index}]")
         if self.problems:
             what = "; ".join(dict.fromkeys(self.problems))
             raise UnsupportedOpError(f"{self.package.path} cannot be run here, not supported: {what}")
@@ -175,7 +177,7 @@ class Builder:
         types = [tensor_type(output.type)[0] for output in operation.outputs]
         names = tuple(output.name for output in operation.outputs)
         module = next((self.modules[name] for name in names if name in self.modules), None)
-        op = Op(operation.type, names, tuple(types), place, module)
+        op = Op(printable(operation.type), names, tuple(types), place, module)
         if operation.type == "const":
             self.add_constant(operation, op)
             return
@@ -208,7 +210,8 @@ class Builder:
         call, reads = self.bind(operation, op, table[operation.type])
         writes = tuple(self.new_slot(name, dtype) for name, dtype in zip(op.outputs, op.dtypes, strict=True))
         rounds = (False,) * len(half) if operation.type in EXACT else half
-        return Step(op, call, reads, writes, rounds)
+        shapes = tuple(tensor_type(output.type)[1] for output in operation.outputs)
+        return Step(op, call, reads, writes, rounds, shapes)
 
     def bind(
         self, operation: Operation, op: Op, function: Callable[..., Any]
@@ -221,7 +224,7 @@ class Builder:
         missing = [name for name, p in wanted.items() if p.required and name not in given and name != "ios"]
         strange = [name for name in given if name not in wanted or name == "ios"]
         if strange or missing:
-            raise UnsupportedOpError(f"parameter {strange[0]}" if strange else f"no parameter {missing[0]}")
+            raise UnsupportedOpError(f"parameter {printable(strange[0])}" if strange else f"no parameter {missing[0]}")
         fixed: dict[str, Any] = {"ios": self.ios} if "ios" in wanted else {}
         one: dict[str, int] = {}
         many: dict[str, list[int]] = {}
@@ -231,7 +234,7 @@ class Builder:
             if p.kind == "tensors":
                 many[name] = slots
             elif len(slots) != 1:
-                raise UnsupportedOpError(f"{len(slots)} values of parameter {name}")
+                raise UnsupportedOpError(f"{len(slots)} values of parameter {printable(name)}")
             elif p.kind == "tensor":
                 one[name] = slots[0]
             elif slots[0] in self.constant:
@@ -267,10 +270,9 @@ class Builder:
         if not all(slot in self.constant for slot in step.reads):
             raise self.damaged(f"{step.op} reads a value that is no constant")
         try:
-            outputs = step.call(self.template)
-        except CANNOT as error:
-            raise self.damaged(f"{step.op}: {first_line(error)}") from error
-        store(step, outputs, self.template)
+            store(step, evaluate(step, self.template), self.template)
+        except ExecutionError as error:
+            raise self.damaged(str(error)) from error
         self.constant.update(step.writes)
 
     def drop_unread(self, outputs: Iterable[int]) -> None:
@@ -301,11 +303,31 @@ def caller(
     return call
 
 
-def store(step: Step, outputs: Any, slots: list[Any]) -> None:
-    """Write what `step.call` returned, rounded where the program says fp16."""
-    if len(step.writes) == 1 and not isinstance(outputs, (tuple, list)):
-        slots[step.writes[0]] = outputs.half().float() if step.half[0] else outputs
-        return
+def evaluate(step: Step, slots: list[Any]) -> tuple[Any, ...]:
+    """The op's outputs, not rounded. ExecutionError names the op if it fails, or makes what was not declared."""
+    try:
+        made = step.call(slots)
+    except CANNOT as error:
+        raise ExecutionError(f"{step.op} failed: {first_line(error)}") from error
+    outputs = made if isinstance(made, tuple) else (made,)
+    if len(outputs) != len(step.writes):
+        raise ExecutionError(f"{step.op} failed: it makes {len(outputs)} values, declared are {len(step.writes)}")
+    for value, shape, dtype in zip(outputs, step.shapes, step.op.dtypes, strict=True):
+        if isinstance(value, Tensor) and not fits(value, shape, dtype):
+            made_is = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+            raise ExecutionError(f"{step.op} failed: it makes {made_is}, declared is {dtype} {list(shape)}")
+    return outputs
+
+
+def fits(value: Tensor, shape: tuple[int | None, ...], dtype: str) -> bool:
+    """Whether a tensor is of the declared type and shape, None being any size."""
+    if value.dtype != HELD[dtype][1] or len(value.shape) != len(shape):
+        return False
+    return value.shape == shape or all(want is None or want == n for want, n in zip(shape, value.shape, strict=True))
+
+
+def store(step: Step, outputs: tuple[Any, ...], slots: list[Any]) -> None:
+    """Put an op's outputs into their slots, rounded where the program says fp16."""
     for slot, half, output in zip(step.writes, step.half, outputs, strict=True):
         slots[slot] = output.half().float() if half else output
 
@@ -320,5 +342,5 @@ def with_lifetimes(steps: list[Step], *, keep: set[int]) -> list[Step]:
         if slot not in keep:
             dies[index].append(slot)
     return [
-        Step(s.op, s.call, s.reads, s.writes, s.half, tuple(dead)) for s, dead in zip(steps, dies, strict=True)
+        dataclasses.replace(step, dies=tuple(dead)) for step, dead in zip(steps, dies, strict=True)
     ]

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mvit_export.errors import ArtifactError, require
+from mvit_export.mil.errors import printable
 
 if TYPE_CHECKING:
     from coremltools.proto.MIL_pb2 import Function
@@ -36,7 +37,8 @@ class Package:
         functions = self.spec.mlProgram.functions
         wanted = name or self.spec.description.defaultFunctionName or "main"
         if wanted not in functions:
-            raise ArtifactError(f"{self.path} has no function {wanted!r}; it has: {', '.join(sorted(functions)) or 'none'}")
+            known = ", ".join(printable(each) for each in sorted(functions)) or "none"
+            raise ArtifactError(f"{self.path} has no function {wanted!r}; it has: {known}")
         return wanted, functions[wanted]
 
     def resolve(self, reference: str) -> Path:
@@ -84,7 +86,7 @@ def find_model(path: Path) -> Path:
     for identifier, item in items.items():
         where = item.get("path") if isinstance(item, dict) else None
         if not isinstance(where, str):
-            raise ArtifactError(f"{path}/Manifest.json is damaged: item {identifier} has no path; export it again")
+            raise ArtifactError(f"{path}/Manifest.json is damaged: item {printable(identifier)} has no path; export it again")
         files[identifier] = inside(path, path / "Data", where)
     if not files[root].is_file():
         raise ArtifactError(f"{files[root]} is a folder, expected the model's specification; export it again")
