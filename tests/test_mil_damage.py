@@ -117,11 +117,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "spec truncated": (edit_bytes(SPEC, lambda d: d[: len(d) // 2]), "it is no Core ML specification"),
     "spec noise": (lambda p: (p / SPEC).write_bytes(b"\x93" * 999), "it is no Core ML specification"),
     "old kind": (edit_spec(lambda s: s.neuralNetwork.SetInParent()), "holds a neuralNetwork, expected an ML Program"),
-    "newer version": (edit_spec(lambda s: setattr(s, "specificationVersion", 99)), "has specification version 99, known"),
+    "newer version": (
+        edit_spec(lambda s: setattr(s, "specificationVersion", 99)),
+        "has specification version 99, known",
+    ),
     "older version": (edit_spec(lambda s: setattr(s, "specificationVersion", 4)), "has specification version 4, known"),
     "program version": (edit_spec(lambda s: setattr(s.mlProgram, "version", 2)), "has ML Program version 2"),
     "no functions": (edit_spec(lambda s: s.mlProgram.functions.clear()), "has no function 'main'; it has: none"),
-    "opset": (edit_spec(lambda s: setattr(s.mlProgram.functions["main"], "opset", "CoreML99")), "opset 'CoreML99', known"),
+    "opset": (
+        edit_spec(lambda s: setattr(s.mlProgram.functions["main"], "opset", "CoreML99")),
+        "opset 'CoreML99', known",
+    ),
     "no block": (
         edit_spec(lambda s: s.mlProgram.functions["main"].block_specializations.clear()),
         "function 'main' has no block",
@@ -131,7 +137,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_spec(lambda s: setattr(first_op("relu")(s).inputs["x"].arguments[0], "name", "gone")),
         "refers to 'gone', which nothing has defined",
     ),
-    "unknown op": (edit_spec(lambda s: setattr(first_op("relu")(s), "type", "crelu")), "not supported: crelu 'out' at main["),
+    "unknown op": (
+        edit_spec(lambda s: setattr(first_op("relu")(s), "type", "crelu")),
+        "not supported: crelu 'out' at main[",
+    ),
     "unknown parameter": (
         edit_spec(lambda s: first_op("relu")(s).inputs["alpha"].CopyFrom(first_op("relu")(s).inputs["x"])),
         "relu 'out' at main[8] (parameter alpha)",
@@ -155,13 +164,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "blob path absolute": (set_blob(fileName="/etc/passwd"), "expected a path under @model_path/; refused"),
     "blob path hidden": (set_blob(fileName="@model_path//etc/passwd"), "a path outside of the package: refused"),
     "blob path zero": (set_blob(fileName="@model_path/a\0b"), "a path outside of the package: refused"),
+    "blob path a folder": (set_blob(fileName="@model_path/weights"), "is a folder, expected a weight blob"),
     "blob link": (link_out, "is a link to outside of the package: refused"),
     "weight shape": (
         edit_spec(lambda s: setattr(first_blob(s).type.tensorType.dimensions[0].constant, "size", 2**40)),
         "too few for",
     ),
-    "weight type": (edit_spec(lambda s: setattr(first_blob(s).type.tensorType, "dataType", 2)), "a string constant has 0"),
+    "weight type": (
+        edit_spec(lambda s: setattr(first_blob(s).type.tensorType, "dataType", 2)),
+        "a string constant has 0",
+    ),
 }
+
+
+def test_link_of_the_specification_out_of_the_package(package: Path) -> None:
+    shutil.move(package / SPEC, package.parent / "model.mlmodel")
+    (package / SPEC).symlink_to(package.parent / "model.mlmodel")
+    with pytest.raises(ArtifactError, match="model.mlmodel is a link to outside of the package: refused"):
+        mil.load(package)
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -193,7 +213,7 @@ def test_not_a_package_at_all(package: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", [SPEC, BLOB])
 def test_flipped_and_cut_bytes_never_crash(file: str, package: Path) -> None:
-    """Whatever a byte becomes: a program that runs, or an error of ours. Weight data cannot be told from its copy here."""
+    """Whatever a byte becomes: a program that runs, or an error of ours; flipped weight data cannot be seen here."""
     original = (package / file).read_bytes()
     rng = np.random.default_rng(0)
     for _ in range(150):

@@ -97,9 +97,14 @@ COMPRESSIONS = {  # how, least dB against the uncompressed model
     "palette 4": (lambda m: cto.palettize_weights(m, palette(4)), 0),
     "sparse": (lambda m: cto.prune_weights(m, PRUNE), 5),
     "int4 blocks": (lambda m: cto.linear_quantize_weights(m, linear(**BLOCKS)), 5),
-    "palette groups": (lambda m: cto.palettize_weights(m, palette(4, granularity="per_grouped_channel", group_size=8)), 0),
+    "palette groups": (
+        lambda m: cto.palettize_weights(m, palette(4, granularity="per_grouped_channel", group_size=8)),
+        0,
+    ),
     "sparse int8": (
-        lambda m: cto.linear_quantize_weights(cto.prune_weights(m, PRUNE), linear(dtype="int8"), joint_compression=True),
+        lambda m: cto.linear_quantize_weights(
+            cto.prune_weights(m, PRUNE), linear(dtype="int8"), joint_compression=True
+        ),
         5,
     ),
     "sparse palette": (
@@ -148,7 +153,9 @@ def test_trace_names_modules(xxs: dict[tuple[str, str], Path]) -> None:
         modules = [op.module for op in program.ops]
         assert sum(module in names for module in modules) > 0.95 * len(modules)
         assert {op.module for op in program.ops if op.type == "softmax"} == {
-            f"stages.{stage}.1.encoders.{i}.attention" for stage, depth in ((2, 2), (3, 4), (4, 3)) for i in range(depth)
+            f"stages.{stage}.1.encoders.{i}.attention"
+            for stage, depth in ((2, 2), (3, 4), (4, 3))
+            for i in range(depth)
         }
 
 

@@ -72,6 +72,17 @@ def test_unary_fp16_is_rounded_once(name: str) -> None:
     check(lambda x: getattr(mb, name)(x=x), {"x": x}, expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [(np.float16, False), (np.float32, True)])
+def test_every_fp16_intermediate_is_rounded(dtype: type, kept: bool) -> None:
+    x = np.array([0.6], dtype)
+
+    def build(x):
+        return mb.sub(x=mb.add(x=x, y=dtype(2048)), y=dtype(2048))
+
+    (y,) = run_op(build, {"x": x})
+    assert y == pytest.approx(0.6, abs=1e-3) if kept else y == 0  # fp16 counts in twos from 2048 on
+
+
 @pytest.mark.parametrize("epsilon", [1e-3, 0.5])
 def test_epsilon(epsilon: float) -> None:
     check(lambda x: mb.inverse(x=x, epsilon=epsilon), {"x": POSITIVE}, 1 / (POSITIVE + epsilon))

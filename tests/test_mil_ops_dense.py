@@ -114,7 +114,10 @@ def test_pool_uneven_padding(pad_type: str) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(
-    batch=st.lists(st.integers(1, 3), max_size=2), n=st.integers(1, 4), k=st.integers(1, 5), flip=st.tuples(*[st.booleans()] * 2)
+    batch=st.lists(st.integers(1, 3), max_size=2),
+    n=st.integers(1, 4),
+    k=st.integers(1, 5),
+    flip=st.tuples(*[st.booleans()] * 2),
 )
 def test_matmul(batch: list[int], n: int, k: int, flip: tuple[bool, bool]) -> None:
     x, y = floats(*batch, n, k), floats(k, 3, seed=1)
@@ -127,7 +130,10 @@ def test_linear_einsum() -> None:
     x, w, b = floats(2, 5, 4), floats(3, 4, seed=1), floats(3, seed=2)
     check(lambda x: mb.linear(x=x, weight=w, bias=b), {"x": x}, x @ w.T + b)
     check(lambda x: mb.linear(x=x, weight=w), {"x": x}, x @ w.T)
-    for equation, shapes in {"nchw,nwhu->nchu": ((2, 3, 4, 5), (2, 5, 4, 6)), "chw,whr->chr": ((3, 4, 5), (5, 4, 6))}.items():
+    for equation, shapes in {
+        "nchw,nwhu->nchu": ((2, 3, 4, 5), (2, 5, 4, 6)),
+        "chw,whr->chr": ((3, 4, 5), (5, 4, 6)),
+    }.items():
         x, y = floats(*shapes[0]), floats(*shapes[1], seed=1)
         expected = np.einsum(equation, x, y)
         check(lambda x, y, e=equation: mb.einsum(values=(x, y), equation=e), {"x": x, "y": y}, expected)
@@ -142,7 +148,9 @@ def test_attention(mask: str | None) -> None:
 
     def build(q, k, v):
         given = {"float": bias, "bool": bias > -1}.get(mask or "")
-        return mb.scaled_dot_product_attention(query=q, key=k, value=v, **({} if given is None else dict(attn_mask=given)))
+        return mb.scaled_dot_product_attention(
+            query=q, key=k, value=v, **({} if given is None else dict(attn_mask=given))
+        )
 
     expected = (t(scores).float().softmax(-1) @ t(v)).numpy()
     check(build, {"q": q, "k": k, "v": v}, expected, iOS18)
@@ -256,7 +264,9 @@ def test_fp16_accumulation(name: str) -> None:
     assert np.all(wide * scale == n) and np.all(narrow * scale == 2048)
 
 
-@pytest.mark.parametrize("kwargs", [dict(groups=2), dict(strides=[2, 1]), dict(dilations=[2, 2]), dict(pad_type="same")])
+@pytest.mark.parametrize(
+    "kwargs", [dict(groups=2), dict(strides=[2, 1]), dict(dilations=[2, 2]), dict(pad_type="same")]
+)
 def test_fp16_accumulation_is_the_same_convolution(kwargs: dict) -> None:
     x, b = floats(2, 4, 7, 6).astype(np.float16), floats(6, seed=2).astype(np.float16)
     w = floats(6, 4 // kwargs.get("groups", 1), 3, 2, seed=1).astype(np.float16)

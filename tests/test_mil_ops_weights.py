@@ -189,7 +189,9 @@ def test_state(tmp_path: Path) -> None:
     with Function(inputs, opset_version=iOS18) as function:
         x, total = function.inputs["x"], function.inputs["total"]
         added = mb.add(x=mb.read_state(input=total), y=x)
-        function.set_outputs([mb.mul(x=mb.coreml_update_state(state=total, value=added), y=np.float16(2), name="double")])
+        function.set_outputs(
+            [mb.mul(x=mb.coreml_update_state(state=total, value=added), y=np.float16(2), name="double")]
+        )
     program = MilProgram()
     program.add_function("main", function)
     options = dict(minimum_deployment_target=iOS18, pass_pipeline=ct.PassPipeline.EMPTY, skip_model_load=True)

@@ -10,9 +10,9 @@
 
 from mvit_export.mil.errors import ExecutionError, UnsupportedOpError
 from mvit_export.mil.executor import Program, load
-from mvit_export.mil.graph import Op
 from mvit_export.mil.modules import module_names, number_nodes, store_module_names
 from mvit_export.mil.report import TensorStats, Trace
+from mvit_export.mil.steps import Op
 
 __all__ = [
     "ExecutionError",

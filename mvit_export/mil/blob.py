@@ -75,10 +75,12 @@ class BlobFile:
         self._bytes = np.memmap(path, np.uint8, "r")
         _, version = HEADER.unpack(self._bytes[: HEADER.size].tobytes())
         if version != VERSION:
-            raise ArtifactError(f"{path} has blob version {version}, expected {VERSION}: damaged, or made by newer tools")
+            raise ArtifactError(
+                f"{path} has blob version {version}, expected {VERSION}: damaged, or made by newer tools"
+            )
 
     def read(self, offset: int, dtype: str, count: int) -> np.ndarray:
-        """The entry whose metadata lies at `offset`: (count,) elements of MIL's `dtype`. ArtifactError if it cannot be."""
+        """The entry whose metadata lies at `offset`: (count,) elements of MIL's `dtype`. ArtifactError if damaged."""
         packing = PACKINGS[dtype]
         start, size = self._locate(offset, packing)
         if size < (count * packing.bits + 7) // 8:

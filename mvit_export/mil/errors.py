@@ -1,8 +1,8 @@
 """What the executor adds to the package's errors.
 
-    MvitExportError
-    ├── UnsupportedOpError     the program holds an op, or a value of an op's parameter, that is not implemented
-    └── ExecutionError         an op failed on the values it was given; names the op and its place
+MvitExportError
+├── UnsupportedOpError     the program holds an op, or a value of an op's parameter, that is not implemented
+└── ExecutionError         an op failed on the values it was given; names the op and its place
 """
 
 from __future__ import annotations

@@ -22,11 +22,12 @@ from torch import Tensor
 from mvit_export.errors import ArtifactError, UsageError
 from mvit_export.mil.errors import printable
 from mvit_export.mil.features import Feature, read_feature
-from mvit_export.mil.graph import Builder, Graph, Op, evaluate, store
+from mvit_export.mil.graph import Builder, Graph
 from mvit_export.mil.modules import MODULES_KEY
 from mvit_export.mil.ops.control import State
 from mvit_export.mil.package import Package, read_package
 from mvit_export.mil.report import TensorStats, Trace, tensor_stats
+from mvit_export.mil.steps import Op, evaluate, store
 from mvit_export.mil.values import HELD, to_numpy
 
 ProgramState = dict[str, State]
@@ -112,7 +113,9 @@ class Program:
             if name in inputs:
                 slots[self._graph.inputs[name][0]] = feature.tensor(inputs[name])
             elif feature.default is not None and feature.shapes:
-                slots[self._graph.inputs[name][0]] = torch.full(feature.shapes[0], feature.default)
+                slots[self._graph.inputs[name][0]] = torch.full(
+                    feature.shapes[0], feature.default, dtype=HELD[feature.dtype][1]
+                )
             else:
                 missing.append(name)
         if strange or missing:
@@ -120,7 +123,8 @@ class Program:
             raise UsageError(f"{what}; the program takes: {', '.join(map(printable, self.inputs))}")
         states = self._graph.states
         if set(state or {}) != set(states):
-            raise UsageError(f"the program has state ({', '.join(map(printable, states))}): call run(inputs, state=program.make_state())")
+            named = ", ".join(map(printable, states)) or "none"
+            raise UsageError(f"the program has state ({named}): call run(inputs, state=program.make_state())")
         for name, value in (state or {}).items():
             slots[states[name][0]] = value
         return slots
@@ -133,9 +137,7 @@ class Program:
         return outputs
 
 
-def load(
-    path: str | Path, function: str | None = None, *, accumulate: Literal["fp32", "fp16"] = "fp32"
-) -> Program:
+def load(path: str | Path, function: str | None = None, *, accumulate: Literal["fp32", "fp16"] = "fp32") -> Program:
     """Read a `.mlpackage` and make one of its functions ready to run; `function` None takes the default one.
 
     ArtifactError if the package is damaged, of another kind or of a newer version; UnsupportedOpError, one line with
@@ -156,7 +158,9 @@ def read_inputs(package: Package, function: str, graph: Graph) -> dict[str, Feat
     declared = of_function[0].input if of_function else description.input
     names = [feature.name for feature in declared]
     if sorted(names) != sorted(graph.inputs):
-        raise ArtifactError(f"{package.path} is damaged: it declares inputs {names}, the program has {list(graph.inputs)}")
+        raise ArtifactError(
+            f"{package.path} is damaged: it declares inputs {names}, the program has {list(graph.inputs)}"
+        )
     return {feature.name: read_feature(feature, *graph.inputs[feature.name][1:]) for feature in declared}
 
 

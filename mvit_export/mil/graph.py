@@ -7,55 +7,21 @@ cannot be run is collected and reported in one line, before anything runs.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mvit_export.errors import ArtifactError
 from mvit_export.mil.errors import ExecutionError, UnsupportedOpError, first_line, printable
 from mvit_export.mil.ops import EXACT, HALF_ACCUMULATION, OPS
-from mvit_export.mil.ops.control import State
 from mvit_export.mil.package import OPSETS, Package
+from mvit_export.mil.signature import Parameter, parameters, to_python
+from mvit_export.mil.steps import CANNOT, Op, Step, caller, evaluate, store, with_lifetimes
 from mvit_export.mil.values import HELD, ValueReader, tensor_type
 
 if TYPE_CHECKING:
     from coremltools.proto.MIL_pb2 import Argument, Block, Function, Operation
-
-CANNOT = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError, MemoryError)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operation, as reports and errors name it."""
-
-    type: str
-    outputs: tuple[str, ...]
-    dtypes: tuple[str, ...]  # of the outputs, in MIL's names, e.g. "FLOAT16"
-    place: str  # function and index in its block, e.g. "main[12]"
-    module: str | None  # of the PyTorch model, where the package says so
-
-    def __str__(self) -> str:
-        module = f", module {self.module}" if self.module else ""
-        return f"{self.type} {self.outputs[0] if self.outputs else ''!r} at {self.place}{module}"
-
-
-@dataclass(frozen=True)
-class Step:
-    """An op made ready: `call` takes the slots and returns the op's outputs."""
-
-    op: Op
-    call: Callable[[list[Any]], Any]
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    half: tuple[bool, ...]  # which outputs are to be rounded to fp16
-    shapes: tuple[tuple[int | None, ...], ...]  # of the outputs, as declared
-    dies: tuple[int, ...] = ()  # slots that nobody reads after this step
 
 
 @dataclass(frozen=True)
@@ -65,45 +31,6 @@ class Graph:
     states: dict[str, tuple[int, str, tuple[int | None, ...]]]
     outputs: dict[str, tuple[int, str]]  # slot, element type ("" if it is no tensor)
     steps: list[Step]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """What an op's function wants under one name."""
-
-    kind: Literal["tensor", "tensors", "list", "scalar"]
-    required: bool
-    values: tuple[Any, ...] = ()  # the supported ones, if only some are
-
-
-@functools.cache
-def parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
-    """The parameters of an op's function, from its annotations."""
-    hints = typing.get_type_hints(function)
-    return {
-        name: parameter(hints.get(name, Tensor), required=p.default is inspect.Parameter.empty)
-        for name, p in inspect.signature(function).parameters.items()
-    }
-
-
-def parameter(hint: Any, *, required: bool) -> Parameter:
-    options = [option for option in get_args(hint) if option is not type(None)]
-    if type(None) in get_args(hint):
-        hint = options[0]
-    if hint in (Tensor, State):
-        return Parameter("tensor", required)
-    if get_origin(hint) is list:
-        return Parameter("tensors" if get_args(hint) == (Tensor,) else "list", required)
-    return Parameter("scalar", required, get_args(hint) if get_origin(hint) is Literal else ())
-
-
-def to_python(value: Any, kind: str) -> Any:
-    """A constant as the Python value that an op's function wants."""
-    if not isinstance(value, Tensor):
-        return value
-    if kind == "scalar":
-        return value.item()
-    return value.tolist() if value.dim() else [value.item()]
 
 
 @dataclass
@@ -256,7 +183,9 @@ class Builder:
     def argument(self, argument: Argument, op: Op) -> list[int]:
         """Slots of an argument's bindings; constants written in place get slots of their own."""
         return [
-            self.literal(self.reader.read(b.value)) if b.WhichOneof("binding") == "value" else self.slot(b.name, str(op))
+            self.literal(self.reader.read(b.value))
+            if b.WhichOneof("binding") == "value"
+            else self.slot(b.name, str(op))
             for b in argument.arguments
         ]
 
@@ -284,63 +213,3 @@ class Builder:
 
     def damaged(self, what: str) -> ArtifactError:
         return ArtifactError(f"{self.package.path} is damaged: {what}; export it again")
-
-
-def caller(
-    function: Callable[..., Any], one: dict[str, int], many: dict[str, list[int]], late: dict[str, tuple[int, str]]
-) -> Callable[[list[Any]], Any]:
-    """A function of the slots alone. The common case, tensors only, does nothing but look up."""
-    singles = tuple(one.items())
-    if not many and not late:
-        return lambda slots: function(**{name: slots[i] for name, i in singles})
-
-    def call(slots: list[Any]) -> Any:
-        arguments: dict[str, Any] = {name: slots[i] for name, i in singles}
-        arguments |= {name: [slots[i] for i in group] for name, group in many.items()}
-        arguments |= {name: to_python(slots[i], kind) for name, (i, kind) in late.items()}
-        return function(**arguments)
-
-    return call
-
-
-def evaluate(step: Step, slots: list[Any]) -> tuple[Any, ...]:
-    """The op's outputs, not rounded. ExecutionError names the op if it fails, or makes what was not declared."""
-    try:
-        made = step.call(slots)
-    except CANNOT as error:
-        raise ExecutionError(f"{step.op} failed: {first_line(error)}") from error
-    outputs = made if isinstance(made, tuple) else (made,)
-    if len(outputs) != len(step.writes):
-        raise ExecutionError(f"{step.op} failed: it makes {len(outputs)} values, declared are {len(step.writes)}")
-    for value, shape, dtype in zip(outputs, step.shapes, step.op.dtypes, strict=True):
-        if isinstance(value, Tensor) and not fits(value, shape, dtype):
-            made_is = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-            raise ExecutionError(f"{step.op} failed: it makes {made_is}, declared is {dtype} {list(shape)}")
-    return outputs
-
-
-def fits(value: Tensor, shape: tuple[int | None, ...], dtype: str) -> bool:
-    """Whether a tensor is of the declared type and shape, None being any size."""
-    if value.dtype != HELD[dtype][1] or len(value.shape) != len(shape):
-        return False
-    return value.shape == shape or all(want is None or want == n for want, n in zip(shape, value.shape, strict=True))
-
-
-def store(step: Step, outputs: tuple[Any, ...], slots: list[Any]) -> None:
-    """Put an op's outputs into their slots, rounded where the program says fp16."""
-    for slot, half, output in zip(step.writes, step.half, outputs, strict=True):
-        slots[slot] = output.half().float() if half else output
-
-
-def with_lifetimes(steps: list[Step], *, keep: set[int]) -> list[Step]:
-    """The same steps, each knowing which slots can be emptied after it."""
-    last: dict[int, int] = {}
-    for index, step in enumerate(steps):
-        last.update(dict.fromkeys((*step.reads, *step.writes), index))
-    dies: list[list[int]] = [[] for _ in steps]
-    for slot, index in last.items():
-        if slot not in keep:
-            dies[index].append(slot)
-    return [
-        dataclasses.replace(step, dies=tuple(dead)) for step, dead in zip(steps, dies, strict=True)
-    ]

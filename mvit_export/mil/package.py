@@ -45,7 +45,10 @@ class Package:
         """The file behind a blob reference of the program, which must lie inside of the package."""
         if not reference.startswith(MODEL_PATH):
             raise ArtifactError(f"{self.path}: weights at {reference!r}, expected a path under {MODEL_PATH}; refused")
-        return inside(self.path, self.model_path.parent, reference.removeprefix(MODEL_PATH))
+        target = inside(self.path, self.model_path.parent, reference.removeprefix(MODEL_PATH))
+        if not target.is_file():
+            raise ArtifactError(f"{target} is a folder, expected a weight blob; export it again")
+        return target
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -68,7 +71,8 @@ def check_kind(path: Path) -> None:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist, expected a folder NAME.mlpackage")
     if path.is_file():
-        kind = "a zip file: unpack it first" if path.read_bytes()[:4] == b"PK\x03\x04" else "a file"
+        with path.open("rb") as file:
+            kind = "a zip file: unpack it first" if file.read(4) == b"PK\x03\x04" else "a file"
         if path.suffix == ".mlmodel":
             kind = "a single .mlmodel file (the old neural network format): convert it to an ML Program"
         raise ArtifactError(f"{path} is {kind}, expected a folder NAME.mlpackage")
@@ -86,7 +90,9 @@ def find_model(path: Path) -> Path:
     for identifier, item in items.items():
         where = item.get("path") if isinstance(item, dict) else None
         if not isinstance(where, str):
-            raise ArtifactError(f"{path}/Manifest.json is damaged: item {printable(identifier)} has no path; export it again")
+            raise ArtifactError(
+                f"{path}/Manifest.json is damaged: item {printable(identifier)} has no path; export it again"
+            )
         files[identifier] = inside(path, path / "Data", where)
     if not files[root].is_file():
         raise ArtifactError(f"{files[root]} is a folder, expected the model's specification; export it again")
@@ -123,6 +129,8 @@ def parse_model(path: Path) -> Model:
 
     try:
         return Model.FromString(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
     except DecodeError as error:
         raise ArtifactError(f"{path} is damaged: it is no Core ML specification; export it again") from error
 

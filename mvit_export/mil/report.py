@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mvit_export.mil.graph import Op
+from mvit_export.mil.steps import Op
 
 HALF_OVERFLOW = 65520.0  # from here on, fp16 rounds to infinity: half a step above its largest number, 65504
 LARGE, SMALL = 1e2, 1e-4  # activations outside lose precision on the Neural Engine, by Apple's guidance

@@ -89,7 +89,9 @@ class ValueReader:
             return self._string(value)
         if dtype not in HELD:
             raise self._damaged(f"a constant has the element type {dtype}, which is not known here")
-        array = self._blob(value, dtype, sizes) if value.HasField("blobFileValue") else self._immediate(value, dtype, sizes)
+        array = (
+            self._blob(value, dtype, sizes) if value.HasField("blobFileValue") else self._immediate(value, dtype, sizes)
+        )
         return torch.from_numpy(array.copy()).to(HELD[dtype][1]).reshape(sizes)
 
     def _string(self, value: Value) -> str:

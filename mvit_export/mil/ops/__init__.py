@@ -25,7 +25,7 @@ OPS: dict[str, Callable[..., Any]] = {
     **shape.OPS,
 }
 
-HALF_ACCUMULATION: dict[str, Callable[..., Any]] = dict(half.OPS)
+HALF_ACCUMULATION: dict[str, Callable[..., Any]] = half.OPS
 
 # Ops whose outputs are values they were given, so that fp16 stays fp16 and nothing is to be rounded.
 EXACT = frozenset(shape.OPS) | {

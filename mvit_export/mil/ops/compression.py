@@ -6,7 +6,8 @@ An op of one name has two generations: iOS16 gives packed bytes and a `shape`, i
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ def constexpr_cast(source_val: Tensor, output_dtype: Literal["fp32"]) -> Tensor:
     return source_val.clone()
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "constexpr_affine_dequantize": constexpr_affine_dequantize,
     "constexpr_blockwise_shift_scale": constexpr_blockwise_shift_scale,
     "constexpr_cast": constexpr_cast,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def write_state(input: State, data: Tensor) -> tuple[()]:
     return ()
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "classify": classify,
     "identity": identity,
     "read_state": read_state,

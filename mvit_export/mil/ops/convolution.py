@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +178,7 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     return F.scaled_dot_product_attention(query, key, value, attn_mask)
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "avg_pool": avg_pool,
     "conv": conv,
     "conv_transpose": conv_transpose,

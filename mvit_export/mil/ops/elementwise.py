@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(cond, a, b)
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "abs": lambda x: x.abs(),
     "acos": lambda x: x.acos(),
     "add": lambda x, y: x + y,

@@ -1,9 +1,10 @@
-"""Gathers, scatters and tensors made from numbers. Semantics: coremltools' `scatter_gather.py`, `tensor_operation.py`."""
+"""Gathers, scatters, tensors made from numbers. Semantics: coremltools' `scatter_gather.py`, `tensor_operation.py`."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,16 +41,12 @@ def gather(
     return picked.reshape(*x.shape[:axis], *indices.shape[batch_dims:], *x.shape[axis + 1 :])
 
 
-def gather_along_axis(
-    x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False, *, ios: int
-) -> Tensor:
+def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False, *, ios: int) -> Tensor:
     """numpy's take_along_axis."""
     return x.gather(axis, wrap(indices, x.shape[axis], ios))
 
 
-def gather_nd(
-    x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False, *, ios: int
-) -> Tensor:
+def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False, *, ios: int) -> Tensor:
     """Each row of `indices` (.., K) is a place in the axes of `x` after the batch axes."""
     if batch_dims:
         batch = math.prod(x.shape[:batch_dims])
@@ -161,7 +158,7 @@ def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
     return torch.where(keep, x, torch.zeros_like(x))
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "band_part": band_part,
     "fill": fill,
     "fill_like": fill_like,

@@ -9,8 +9,10 @@ Every other op, e.g. norms, softmax, pooling and transposed convolution, keeps i
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +48,14 @@ def conv(
     w = weight.reshape(groups, -1, *weight.shape[1:])  # (g, C_out/g, C_in/g, *k)
 
     def products() -> Iterable[tuple[Tensor, Tensor]]:
-        for place in range(math.prod(weight.shape[2:])):
-            at = [int(i) for i in torch.unravel_index(torch.tensor(place), weight.shape[2:])]
-            window = [slice(i * d, i * d + (o - 1) * s + 1, s) for i, d, o, s in zip(at, dilations, out, strides, strict=True)]
+        for at in itertools.product(*map(range, weight.shape[2:])):
+            cut = [
+                slice(i * d, i * d + (o - 1) * s + 1, s) for i, d, o, s in zip(at, dilations, out, strides, strict=True)
+            ]
             for c in range(weight.shape[1]):
-                yield x[(..., c, *window)], w[(slice(None), slice(None), c, *at)].reshape(groups, -1, *[1] * nd)
+                window: tuple[Any, ...] = (..., c, *cut)
+                factor: tuple[Any, ...] = (..., c, *at)
+                yield x[window], w[factor].reshape(groups, -1, *[1] * nd)
 
     y = accumulate((x.shape[0], groups, w.shape[1], *out), products()).flatten(1, 2)
     return y if bias is None else y + bias.reshape(-1, *[1] * nd)
@@ -102,7 +107,7 @@ def reduce_mean(x: Tensor, axes: list[int] | None = None, keep_dims: bool = Fals
     return total / (x.numel() / max(total.numel(), 1))
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "conv": conv,
     "einsum": einsum,
     "linear": linear,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def over_axes(reduce: Reduce) -> Callable[..., Tensor]:
 
 
 def mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    """Of integers the mean is rounded down to an integer, as numpy's cast does with non-negative values."""
+    """Of integers the mean's fraction is dropped, since the result is declared as integer."""
     return x.mean(axes, keep) if x.is_floating_point() else x.double().mean(axes, keep).to(x.dtype)
 
 
@@ -130,7 +130,7 @@ def argsort(x: Tensor, axis: int = -1, ascending: bool = False) -> Tensor:
     return x.argsort(dim=axis, descending=not ascending, stable=True).int()
 
 
-OPS: dict[str, Callable] = {
+OPS: dict[str, Callable[..., Any]] = {
     "argsort": argsort,
     "batch_norm": batch_norm,
     "cumsum": cumsum,

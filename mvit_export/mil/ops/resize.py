@@ -5,7 +5,8 @@ Not here: `crop_resize`, `affine`, `resample`, and nearest-neighbour sampling wh
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ def resize(
     return x
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "resize": resize,
     "resize_bilinear": resize_bilinear,
     "resize_nearest_neighbor": resize_nearest_neighbor,

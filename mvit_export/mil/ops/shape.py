@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 
 def reshape(x: Tensor, shape: list[int], *, ios: int) -> Tensor:
-    """0 copies a size of `x`: at the same axis up to iOS16, counted from the last axis (1 beyond the first) from iOS17."""
+    """0 copies a size of `x`: of the same axis up to iOS16, counted from the last axis (1 beyond the first) since."""
     if 0 in shape and x.numel():
         if ios >= 17:
             sizes = [1] * len(shape) + list(x.shape)
@@ -236,7 +237,7 @@ def shape(x: Tensor) -> Tensor:
     return torch.tensor(x.shape, dtype=torch.int32)
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "batch_to_space": batch_to_space,
     "concat": concat,
     "crop": crop,
