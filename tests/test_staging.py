@@ -243,6 +243,17 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
     assert names(place.parent) == ["x"]
 
 
+def test_hidden_old_directory_comes_back_before_the_next_run_looks(tmp_path: Path) -> None:
+    """After a kill between two renames the place is free in name only: the old artifact still counts as existing."""
+    place = tmp_path / "x"
+    write(tmp_path / ".x.partial.old", "old")
+    write(tmp_path / ".x.partial", "new")
+    with pytest.raises(ArtifactError, match="exists; pass --overwrite"), staged_directory(place, overwrite=False):
+        pytest.fail("the block must not run")
+    assert generation(place) == "old"
+    assert names(tmp_path) == ["x"]
+
+
 # Other runs
 
 
@@ -295,6 +306,37 @@ def test_leftovers_of_other_targets_are_swept_but_not_living_runs(tmp_path: Path
     assert tell(living) == (0, "")
     assert generation(tmp_path / "living") == "living"
     assert names(tmp_path) == ["living", "x"]
+
+
+def test_old_directory_of_a_living_run_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two names cannot be exchanged, another run may come by between the renames."""
+    monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+    rename = Path.rename
+    visits = []
+
+    def rename_with_visit(self: Path, target: Path) -> Path:
+        result = rename(self, target)
+        if self.name in ("x", ".x.partial") and not visits.count(self.name):
+            visits.append(self.name)
+            monkeypatch.setattr(Path, "rename", rename)
+            write(tmp_path / f"visitor-{len(visits)}", "visitor")
+            monkeypatch.setattr(Path, "rename", rename_with_visit)
+        return result
+
+    write(tmp_path / "x", "old")
+    monkeypatch.setattr(Path, "rename", rename_with_visit)
+    write(tmp_path / "x", "new")
+    assert visits == ["x", ".x.partial"]
+    assert generation(tmp_path / "x") == "new"
+    assert names(tmp_path) == ["visitor-1", "visitor-2", "x"]
+
+
+def test_what_looks_like_a_leftover_but_is_none_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".download.partial").write_text("a file of the user's")
+    (tmp_path / ".link.partial").symlink_to(tmp_path.parent)
+    os.mkfifo(tmp_path / ".pipe.partial")
+    write(tmp_path / "x", "new")
+    assert names(tmp_path) == [".download.partial", ".link.partial", ".pipe.partial", "x"]
 
 
 def test_without_exchange_overwrite_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +396,31 @@ def test_everything_is_synced_before_it_appears(tmp_path: Path, monkeypatch: pyt
     contents = [hidden / name for name in (*FILES, "model.mlpackage", "model.mlpackage/Data")]
     assert before == {str(path) for path in [hidden, *contents]}
     assert (str(tmp_path), True) in synced, "the rename itself"
+
+
+@pytest.mark.parametrize(
+    ("below", "reason"),
+    [
+        pytest.param("file/out/x", "Not a directory", id="below a file"),
+        pytest.param(f"out/{'n' * 300}/x", "File name too long", id="long folder name"),
+        pytest.param(f"{'n' * 300}/x", "File name too long", id="long folder name beside others"),
+        pytest.param(f"out/{'n' * 250}", "File name too long", id="no room for the hidden name"),
+    ],
+)
+def test_impossible_place_is_one_error_and_leaves_nothing(tmp_path: Path, below: str, reason: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    place = tmp_path / below
+    with pytest.raises(ArtifactError) as error, staged_directory(place, overwrite=False):
+        pytest.fail("the block must not run")
+    assert str(error.value) == f"{place} cannot be written: {reason}"
+    assert names(tmp_path) == ["file"]
+
+
+def test_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "fcntl", None)
+    with pytest.raises(ArtifactError, match="this system has no flock"):
+        write(tmp_path / "out" / "x", "new")
+    assert names(tmp_path) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
