@@ -33,7 +33,10 @@ def start(*args: str | Path) -> subprocess.Popen[str]:
 
 def tell(process: subprocess.Popen[str], text: str = "go\n") -> tuple[int, str]:
     """Send a line, wait for the end; (exit code, stderr)."""
-    _, err = process.communicate(text, timeout=60)
+    try:
+        _, err = process.communicate(text, timeout=30)
+    finally:
+        process.kill()  # nothing to it where it has ended
     return process.returncode, err
 
 
@@ -334,8 +337,8 @@ def test_old_directory_of_a_living_run_is_not_swept(tmp_path: Path, monkeypatch:
 def test_what_looks_like_a_leftover_but_is_none_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".download.partial").write_text("a file of the user's")
     (tmp_path / ".link.partial").symlink_to(tmp_path.parent)
-    os.mkfifo(tmp_path / ".pipe.partial")
-    write(tmp_path / "x", "new")
+    os.mkfifo(tmp_path / ".pipe.partial")  # opening one waits for a writer
+    assert tell(start("write", tmp_path / "x", "new")) == (0, "")
     assert names(tmp_path) == [".download.partial", ".link.partial", ".pipe.partial", "x"]
 
 
