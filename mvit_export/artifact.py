@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mvit_export.errors import ArtifactError
+from mvit_export.errors import ArtifactError, UsageError
 from mvit_export.formats import FORMATS, Target
 from mvit_export.preprocessing import Preprocessing
 
@@ -190,7 +190,11 @@ def read_artifact(path: Path) -> Artifact:
                 f"{file} was changed after the export: sha256 is {found[:12]}…, {MANIFEST} says {info.sha256[:12]}…; "
                 "export again with --overwrite"
             )
-    return Artifact(path, manifest)
+    artifact = Artifact(path, manifest)
+    model = artifact.model_path.relative_to(path).as_posix()
+    if not any(info.path == model or info.path.startswith(f"{model}/") for info in manifest.files):
+        raise ArtifactError(f"{path / MANIFEST} lists no {model}, so nothing vouches for the model; export again")
+    return artifact
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -204,21 +208,31 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"{file} has schema_version {version}, expected {SCHEMA_VERSION}; export again, or update")
     try:
         manifest = Manifest.from_json(data)
-        FORMATS[manifest.format]
-    except (KeyError, TypeError, AttributeError) as error:
+        _check_values(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
         raise ArtifactError(f"{file} is no valid manifest ({error!r}); export again with --overwrite") from error
     return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """What a reader relies on; raises KeyError or ValueError."""
+    if manifest.precision not in FORMATS[manifest.format].precisions:
+        raise ValueError(f"precision {manifest.precision!r}")
+    if not manifest.inputs or not manifest.outputs:
+        raise ValueError("no inputs or no outputs")
+    if not all(isinstance(text, str) for info in manifest.files for text in (info.path, info.sha256)):
+        raise ValueError("files without path or sha256")
 
 
 def find_artifacts(path: str | Path) -> tuple[Path, ...]:
     """Artifact directories meant by `path`: one, a directory of them at any depth, or a model file inside one."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ArtifactError(f"{path} does not exist, expected an artifact directory; mvit-export --to … makes one")
-    if (path / MANIFEST).is_file():
-        return (path,)
-    if (path.parent / MANIFEST).is_file():
-        return (path.parent,)
+    for folder in (path, path.parent):
+        # By listing: where case does not count, a lookup would find the Manifest.json inside every .mlpackage.
+        if folder.is_dir() and MANIFEST in os.listdir(folder):
+            return (folder,)
     found = tuple(_walk_artifacts(path)) if path.is_dir() else ()
     if not found:
         raise ArtifactError(f"{path} holds no {MANIFEST}, expected an artifact directory or a directory of them")
@@ -227,9 +241,7 @@ def find_artifacts(path: str | Path) -> tuple[Path, ...]:
 
 def _walk_artifacts(path: Path) -> Iterator[Path]:
     for root, directories, files in os.walk(path):
-        directories[:] = sorted(
-            d for d in directories if not d.startswith(".")
-        )  # leftovers of dead runs start with "."
+        directories[:] = sorted(d for d in directories if not d.startswith("."))  # leftovers of dead runs
         if MANIFEST in files:
             directories.clear()
             yield Path(root)
@@ -247,7 +259,7 @@ def save_golden(path: Path, cases: Mapping[str, Mapping[str, np.ndarray]]) -> No
 
 
 def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
-    """Read what `save_golden` wrote, in the same order."""
+    """Read what `save_golden` wrote, in the same order; every case holds all inputs and outputs."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -258,6 +270,13 @@ def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
                 cases[case][name] = file.get_tensor(key)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{artifact.path / GOLDEN} cannot be read ({error}); export again") from error
+    if not cases:
+        raise ArtifactError(f"{artifact.path / GOLDEN} holds no cases; export again with --overwrite")
+    for case, tensors in cases.items():
+        for spec in (*artifact.manifest.inputs, *artifact.manifest.outputs):
+            if spec.name not in tensors:
+                what = f"case {case!r} has no tensor {spec.name!r}"
+                raise ArtifactError(f"{artifact.path / GOLDEN}: {what}; export again with --overwrite")
     return cases
 
 

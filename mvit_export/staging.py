@@ -34,26 +34,29 @@ def staged_directory(place: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises ArtifactError where `place` exists and `overwrite` is False, another run is writing it, or the disk refuses.
     """
-    check_free(place, overwrite=overwrite)
-    made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]  # innermost first
-    with _disk_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(place.parent)
-        staging = place.parent / f".{place.name}{SUFFIX}"
-        lock = _claim(staging, place)
+    if fcntl is None:
+        raise ArtifactError("this system has no flock, which a safe export needs; use Linux or macOS")
+    staging = place.parent / f".{place.name}{SUFFIX}"
+    made = [folder for folder in (place.parent, *place.parent.parents) if not os.path.exists(folder)]  # innermost first
+    lock = None
     try:
         with _disk_errors(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(place.parent)  # first, as it may put back what a dead run had moved away from `place`
+            check_free(place, overwrite=overwrite)
+            lock = _claim(staging, place)
             yield staging
             _sync(staging)
             check_free(place, overwrite=overwrite)
             _move(staging, place)
     finally:
-        with suppress(OSError):
+        if lock is not None:
             if _same(staging, lock):  # an error left it; after success the name may be another run's already
-                shutil.rmtree(staging)
-            for folder in made:
+                shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
+        for folder in made:
+            with suppress(OSError):
                 folder.rmdir()  # only if empty: a failed run leaves no folders behind either
-        os.close(lock)
 
 
 def check_free(place: Path, *, overwrite: bool) -> None:
@@ -71,7 +74,7 @@ def _claim(staging: Path, place: Path) -> int:
     deadline = time.monotonic() + PATIENCE
     while True:
         with suppress(FileExistsError):
-            staging.mkdir()
+            staging.mkdir(parents=True)  # a failed run may have taken the parent away since we made or saw it
         with suppress(FileNotFoundError):  # its run ended between our two steps and took it away: start anew
             lock = os.open(staging, os.O_RDONLY)
             if _try_lock(lock) and _same(staging, lock):
@@ -84,8 +87,6 @@ def _claim(staging: Path, place: Path) -> int:
 
 
 def _try_lock(descriptor: int) -> bool:
-    if fcntl is None:
-        raise ArtifactError("this system has no flock, which a safe export needs; use Linux or macOS")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -107,14 +108,16 @@ def _clear(directory: Path) -> None:
 
 def _sweep(parent: Path) -> None:
     """Remove what dead runs left in `parent`; put back an old directory that a plain rename had moved aside."""
-    for aside in parent.glob(f".*{SUFFIX}.old"):
-        place = parent / aside.name.removeprefix(".").removesuffix(f"{SUFFIX}.old")
-        shutil.rmtree(aside) if place.exists() else aside.rename(place)
-    for leftover in parent.glob(f".*{SUFFIX}"):
-        with suppress(FileNotFoundError):
-            lock = os.open(leftover, os.O_RDONLY)
+    for leftover in [*parent.glob(f".*{SUFFIX}.old"), *parent.glob(f".*{SUFFIX}")]:
+        place = parent / leftover.name.removeprefix(".").removesuffix(".old").removesuffix(SUFFIX)
+        with suppress(OSError):  # no directory, gone in the meantime, or not ours to delete
+            lock = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if _try_lock(lock) and _same(leftover, lock):
+                if not _try_lock(lock) or not _same(leftover, lock):
+                    continue  # its run lives
+                if leftover.name.endswith(".old") and not place.exists():
+                    leftover.rename(place)
+                else:
                     shutil.rmtree(leftover)
             finally:
                 os.close(lock)
@@ -132,16 +135,15 @@ def _sync(directory: Path) -> None:
 
 
 def _move(staging: Path, place: Path) -> None:
-    """Put `staging` at `place` in one step; an old directory is left under the staging name, still locked."""
+    """Put `staging` at `place` in one step, then delete the directory that was there."""
     if not place.exists():
         staging.rename(place)
     else:
         old = os.open(place, os.O_RDONLY)
         try:
             _try_lock(old)  # so that no other run takes the old directory for a leftover while it is deleted
-            if not _exchange(staging, place):
-                _exchange_by_renames(staging, place)
-            shutil.rmtree(staging)
+            aside = staging if _exchange(staging, place) else _move_by_renames(staging, place)
+            shutil.rmtree(aside)
         finally:
             os.close(old)
     parent = os.open(place.parent, os.O_RDONLY)
@@ -173,12 +175,15 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-def _exchange_by_renames(staging: Path, place: Path) -> None:
-    """Two renames where no exchange exists. A kill between them hides the old directory; `_sweep` puts it back."""
+def _move_by_renames(staging: Path, place: Path) -> Path:
+    """Two renames where no exchange exists; gives the name of the old directory.
+
+    A kill between them hides the old directory until the next run, whose `_sweep` puts it back.
+    """
     aside = staging.with_name(f"{staging.name}.old")
     place.rename(aside)
     staging.rename(place)
-    aside.rename(staging)
+    return aside
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+PARTS = ("mvit_export", "converters", "benchmarks")  # the folders that are installed
 TINY = f"{TESTS / 'tiny.py'}:tiny"
 LABELS = tuple(f"digit {i}" for i in range(10))
 TARGETS = [(fmt, precision) for fmt in ("coreml", "onnx", "tflite") for precision in ("fp32", "fp16")]
@@ -74,3 +77,29 @@ def tiny_artifact(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
         return made[key]
 
     return make
+
+
+def source_tree(place: Path) -> Path:
+    """Copy to `place` what a build reads, so that the build leaves nothing in the repository."""
+    place.mkdir()
+    for part in PARTS:
+        shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place)
+    return place
+
+
+def build(tree: Path, kind: str, out: Path) -> Path:
+    """`kind` is --wheel or --sdist; the file that was made in `out`."""
+    command = [sys.executable, "-m", "build", kind, "--no-isolation", "--outdir", str(out), str(tree)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = out.iterdir()
+    return file
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as it is installed from a wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    return build(source_tree(folder / "tree"), "--wheel", folder / "out")

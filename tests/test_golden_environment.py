@@ -1,0 +1,209 @@
+"""`verify --against golden` on a device: numpy 1, safetensors and tflite-runtime, and no torch.
+
+One virtual environment has nothing but those, which must do for the library; a second one adds the package and what
+its command line needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, Finished
+
+from mvit_export.artifact import GOLDEN, load_golden, read_artifact, save_golden, write_json
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.version_info >= (3, 12), reason="tflite-runtime 2.14 has no wheel for Python 3.12 or newer"),
+    pytest.mark.skipif(sys.platform != "linux", reason="tflite-runtime 2.14 has wheels for Linux only"),
+]
+DEVICE = ("tflite-runtime==2.14.*", "numpy==1.26.*", "safetensors>=0.5")
+COMMAND = ("typer>=0.16,<0.30", "rich>=13.9,<16")
+KINDS = [("fp32", "tensor"), ("fp16", "tensor"), ("fp32", "image")]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of its own; nothing of ours leaks in."""
+
+    folder: Path
+
+    def run(self, *command: str | Path, source: Path | None = None) -> Finished:
+        path = {"PYTHONPATH": str(source)} if source else {}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        program, *arguments = map(str, command)
+        done = subprocess.run(
+            [str(self.folder / "bin" / program), *arguments],
+            cwd=self.folder,
+            env={**clean, **path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def installed(self) -> set[str]:
+        code = "from importlib.metadata import distributions as d; print(*{x.metadata['Name'].lower() for x in d()})"
+        return set(self.run("python", "-c", code).out.split())
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The bare environment: the package is not installed, its source stands alone in `source`."""
+    environment = Environment(tmp_path_factory.mktemp("device"))
+    venv.create(environment.folder, with_pip=True)
+    fetch(environment, environment, *DEVICE)
+    return environment
+
+
+def fetch(environment: Environment, into: Environment, *requirements: str) -> None:
+    done = environment.run("pip", "--python", into.folder / "bin" / "python", "install", "-q", *requirements)
+    if done.code:
+        pytest.skip(f"pip cannot fetch {', '.join(requirements)}: {done.err.strip().splitlines()[-1]}")
+
+
+@pytest.fixture(scope="module")
+def command(device: Environment, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """On top of `device` the installed package and its command line; still without Pillow and torch."""
+    environment = Environment(tmp_path_factory.mktemp("command"))
+    venv.create(environment.folder)
+    below, here = (next(e.folder.glob("lib/python*/site-packages")) for e in (device, environment))
+    (here / "device.pth").write_text(str(below))
+    fetch(device, environment, *COMMAND)
+    done = device.run("pip", "--python", environment.folder / "bin" / "python", "install", "-q", "--no-deps", wheel)
+    assert done.code == 0, done.err
+    return environment
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source of the core package and nothing beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "mvit_export", folder / "mvit_export", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture
+def copy(tiny_artifact: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """`copy("tflite", "fp16", "tensor")` -> an artifact directory of the test's own."""
+    return lambda *kind: Path(shutil.copytree(tiny_artifact(*kind), tmp_path / "-".join(kind)))
+
+
+def alter_golden(place: Path) -> None:
+    """Change one stored output a little and fix the manifest's hash, so that only the numbers can tell."""
+    cases = load_golden(read_artifact(place))
+    name = next(iter(cases))
+    cases[name]["logits"] = cases[name]["logits"] + np.float32(1e-3)
+    save_golden(place / GOLDEN, cases)
+    manifest = json.loads((place / "manifest.json").read_text())
+    for info in manifest["files"]:
+        content = (place / info["path"]).read_bytes()
+        info.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    write_json(place / "manifest.json", manifest)
+
+
+VERIFY = """if True:
+    import json, sys
+    from mvit_export import verify
+    (result,) = verify(sys.argv[1], against="golden")
+    print(json.dumps(result.to_json()))
+"""
+
+
+# The library
+
+
+def test_library_needs_numpy_safetensors_and_the_runtime_alone(
+    device: Environment, source: Path, copy: Callable[..., Path]
+) -> None:
+    assert device.installed() - {"pip", "setuptools"} == {"tflite-runtime", "numpy", "safetensors"}
+    for kind in KINDS:
+        place = copy("tflite", *kind)
+        done = device.run("python", "-c", VERIFY, place, source=source)
+        assert (done.code, done.err.replace("INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n", "")) == (0, "")
+        assert done.json["status"] == "pass", done.json
+        assert done.json["runtime"] == "tflite-runtime 2.14.0 CPU"
+        assert done.json["against"] == "golden"
+        assert done.json["inputs"] == len(load_golden(read_artifact(place))) >= 3
+        assert json.loads((place / "parity.json").read_text()) == done.json
+
+
+def test_library_fails_altered_golden_outputs(device: Environment, source: Path, copy: Callable[..., Path]) -> None:
+    place = copy("tflite", "fp32", "tensor")
+    alter_golden(place)
+    done = device.run("python", "-c", VERIFY, place, source=source)
+    assert done.code == 0, done.err
+    assert done.json["status"] == "fail"
+    assert done.json["reason"].startswith("PSNR ")
+    assert json.loads((place / "parity.json").read_text())["status"] == "fail"
+
+
+# The command line
+
+
+def test_command_passes(command: Environment, copy: Callable[..., Path]) -> None:
+    assert not {"torch", "pillow", "onnxruntime", "ai-edge-litert"} & command.installed()
+    places = [copy("tflite", *kind) for kind in KINDS]
+    done = command.run("mvit-export", "verify", "--against", "golden", *places)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["PASS", str(place)] for place in places]
+    assert all(line.endswith("inputs vs golden in tflite-runtime 2.14.0 CPU") for line in lines)
+
+
+def test_command_fails_altered_golden_outputs(command: Environment, copy: Callable[..., Path]) -> None:
+    place = copy("tflite", "fp32", "tensor")
+    alter_golden(place)
+    done = command.run("mvit-export", "verify", "--against", "golden", "--json", place)
+    assert done.code == 1, done.err
+    assert (done.json["status"], done.json["artifacts"][0]["status"]) == ("fail", "fail")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["verify", "ARTIFACT"], ["--to", "onnx", "--variant", "xxs"], ["--to", "all", "--model", "net.py:net"]],
+)
+def test_what_needs_torch_says_so_in_one_line(
+    command: Environment, copy: Callable[..., Path], arguments: list[str]
+) -> None:
+    place = str(copy("tflite", "fp32", "tensor"))
+    done = command.run("mvit-export", *[place if word == "ARTIFACT" else word for word in arguments])
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "mvit-export: error: torch is not installed, needed to build a model: pip install 'mvit-export[all]'\n"
+    )
+    assert not (command.folder / "artifacts").exists()
+    assert not (Path(place) / "parity.json").exists()
+
+
+def test_formats_without_a_runtime_are_not_run(command: Environment, copy: Callable[..., Path]) -> None:
+    onnx, coreml, tflite = copy("onnx", "fp32"), copy("coreml", "fp32"), copy("tflite", "fp32", "tensor")
+    done = command.run("mvit-export", "verify", "--against", "golden", onnx, coreml, tflite)
+    assert (done.code, done.err) == (3, "")
+    lines = done.out.splitlines()
+    assert lines[0] == (
+        f"NOT-RUN {onnx}  onnxruntime does not import (No module named 'onnxruntime'): pip install onnxruntime"
+    )
+    assert lines[1].startswith(f"NOT-RUN {coreml}  Core ML predicts on macOS only")
+    assert lines[2].startswith(f"PASS    {tflite}  ")
+    assert json.loads((onnx / "parity.json").read_text())["status"] == "not-run"
+
+
+def test_doctor_tells_what_works(command: Environment) -> None:
+    done = command.run("mvit-export", "doctor", "--json")
+    assert done.code == 0, done.err
+    works = {(finding["kind"], finding["name"]): finding["works"] for finding in done.json["findings"]}
+    assert works["runtime", "litert"]
+    assert not works["target", "onnx"]
+    assert not works["runtime", "pytorch"]
