@@ -10,6 +10,7 @@ one JSON line. The limits of a release are 2 for fp32 and 4 for fp16.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -45,7 +46,7 @@ def runners(variant: str, folder: Path) -> dict[str, Callable[[], object]]:
         package = folder / f"{variant}_{name}.mlpackage"
         ct.convert(exported, inputs=inputs, **options).save(str(package))
         program, array = load(package), x.numpy()
-        timed[name] = lambda program=program, array=array: program(image=array)
+        timed[name] = functools.partial(program, image=array)
     return timed
 
 

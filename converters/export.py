@@ -46,10 +46,16 @@ CONVERTERS = {
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One artifact and the verdict on it; `parity` is None where verification was not asked for."""
+    """One artifact and the verdicts on it, one for each runtime; none where verification was not asked for."""
 
     artifact: Artifact
-    parity: parity.ParityResult | None
+    verdicts: tuple[parity.ParityResult, ...]
+
+    @property
+    def parity(self) -> parity.ParityResult | None:
+        """The verdict that counts most: a failed one before one that did not run, before a passed one."""
+        order = (parity.FAIL, parity.NOT_RUN, parity.PASS)
+        return min(self.verdicts, key=lambda verdict: order.index(verdict.status), default=None)
 
 
 def export(
@@ -89,8 +95,7 @@ def export(
         artifact = write_artifact(model, folded, target, folder / target.name, overwrite=overwrite)
         if on_step and verify:
             on_step(target, "verify")
-        verdict = parity.verify(artifact.path)[0] if verify else None
-        results.append(ExportResult(artifact, verdict))
+        results.append(ExportResult(artifact, parity.verify(artifact.path) if verify else ()))
     return tuple(results)
 
 

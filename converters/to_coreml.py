@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from mvit_export.converters.capture import INPUT_NAME, JIT_TRACE, TORCH_EXPORT, Conversion, Exportable
 from mvit_export.errors import require
+from mvit_export.mil.modules import module_names, number_nodes, store_module_names
 from mvit_export.preprocessing import Preprocessing
 
 TOOLS = ("torch", "coremltools")
+WRAPPER = "model.model."  # CoreMLForm holds Exportable, which holds the network
 
 
 def convert(conversion: Conversion, path: Path) -> str:
@@ -35,10 +37,13 @@ def convert(conversion: Conversion, path: Path) -> str:
     with torch.no_grad():
         try:
             program = torch.export.export(module, (example,)).run_decompositions({})
+            handles = number_nodes(program)
             mlmodel, capture = ct.convert(program, **options), TORCH_EXPORT
+            modules = module_names(mlmodel, handles=handles)
         except Exception:  # the converter's errors have no common type; if the trace fails too, its error is raised
-            traced = torch.jit.trace(module, example)
-            mlmodel, capture = ct.convert(traced, **options), JIT_TRACE
+            mlmodel, capture = ct.convert(torch.jit.trace(module, example), **options), JIT_TRACE
+            modules = module_names(mlmodel, model=module)
+    store_module_names(mlmodel, {op: path.removeprefix(WRAPPER) for op, path in modules.items()})
     describe(mlmodel, conversion)
     mlmodel.save(str(path))
     return capture

@@ -141,21 +141,22 @@ def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
         terminal.print(
             f"UNTRAINED: random weights from seed {loaded.weights.seed}; pass --pretrained or --weights for real ones"
         )
-    rows = []
+    rows, verdicts = [], []
     for result in results:
-        manifest = result.artifact.manifest
-        verdict = result.parity
-        row = {
-            "path": str(result.artifact.path), "format": manifest.format, "precision": manifest.precision,
-            "bytes": result.artifact.model_bytes, "parity": verdict.to_json() if verdict else None,
-        }  # fmt: skip
-        rows.append(row)
-        if verdict:
-            print_verdict(terminal, verdict, megabytes(row["bytes"]))
-        else:
-            terminal.print(status_text(NOT_RUN), f"{row['path']}  {megabytes(row['bytes'])}  --no-verify was given")
-    verdicts = [result.parity for result in results if result.parity]
-    status = overall_status(verdicts) if verdicts else NOT_RUN
+        manifest, path = result.artifact.manifest, str(result.artifact.path)
+        size = megabytes(result.artifact.model_bytes)
+        rows.append(
+            {
+                "path": path, "format": manifest.format, "precision": manifest.precision,
+                "bytes": result.artifact.model_bytes, "parity": [verdict.to_json() for verdict in result.verdicts],
+            }
+        )  # fmt: skip
+        for verdict in result.verdicts:
+            print_verdict(terminal, verdict, size)
+        if not result.verdicts:
+            terminal.print(status_text(NOT_RUN), f"{path}  {size}  --no-verify was given")
+        verdicts += result.verdicts
+    status = overall_status(verdicts)
     folder = results[0].artifact.path.parent
     terminal.print(f"Next:  mvit-export verify {folder}")
     terminal.print(f"       mvit-export inspect {results[0].artifact.path}")
@@ -200,6 +201,8 @@ def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:
         metrics = result.metrics
         parts.append(f"{metrics.psnr_db:.1f} dB, max error {metrics.max_rel:.1e} of scale")
         parts.append(f"{result.inputs} inputs vs {result.against} in {result.runtime}")
+    if result.note and result.status == "pass":
+        parts.append(f"({result.note})")
     if result.reason:
         parts.append(result.reason)
     terminal.print(status_text(result.status), "  ".join(parts))

@@ -7,9 +7,10 @@ finiteness and labels are compared, then the numbers, against one table of toler
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from mvit_export.artifact import Artifact, Manifest, TensorSpec, find_artifacts, load_golden, read_artifact, write_json
 from mvit_export.cases import make_cases
 from mvit_export.errors import MvitExportError, RuntimeUnavailable, UsageError
-from mvit_export.runtimes import Arrays, open_session, open_torch
+from mvit_export.runtimes import Arrays, Session, open_torch, openers
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not-run"
 REFERENCES = ("pytorch", "golden")
@@ -67,7 +68,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class ParityResult:
-    """The verdict on one artifact. `reason` is empty for PASS."""
+    """The verdict of one runtime on one artifact. `reason` is empty for PASS; `note` says what a PASS leaves open."""
 
     path: str
     format: str
@@ -79,6 +80,7 @@ class ParityResult:
     inputs: int
     metrics: Metrics | None
     tolerance: Tolerance
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
@@ -174,7 +176,10 @@ def verify(
     weights: str | Path | None = None,
     on_case: Callable[[int, int], None] | None = None,
 ) -> tuple[ParityResult, ...]:
-    """Check every artifact that `path` means and write each verdict to its parity.json.
+    """Check every artifact that `path` means and write the verdicts to its parity.json.
+
+    There is one result for each artifact and runtime: a Core ML package on macOS is checked by Core ML and by the
+    reference executor, elsewhere by the latter alone.
 
     `against` is "pytorch" (the model rebuilt from its weights; `weights` if they have moved) or "golden" (the stored
     vectors; needs numpy, safetensors and the runtime alone). `on_case(done, total)` is called for progress.
@@ -185,35 +190,50 @@ def verify(
     if weights is not None and against == "golden":
         raise UsageError("--weights has no use with --against golden, which reads the stored vectors alone")
     artifacts = [read_artifact(place) for place in find_artifacts(path)]
-    return tuple(_verify_one(artifact, against, weights, on_case) for artifact in artifacts)
+    results: list[ParityResult] = []
+    for artifact in artifacts:
+        pairs = functools.cache(lambda a=artifact: _pairs(a, against, weights))  # computed once, if a runtime works
+        verdicts = [_verify_in(opener, artifact, against, pairs, on_case) for opener in openers(artifact)]
+        write_json(artifact.path / PARITY, summarise(verdicts))
+        results += verdicts
+    return tuple(results)
 
 
-def _verify_one(
-    artifact: Artifact, against: str, weights: str | Path | None, on_case: Callable[[int, int], None] | None
+def _verify_in(
+    opener: Callable[[Artifact], Session],
+    artifact: Artifact,
+    against: str,
+    pairs: Callable[[], Sequence[Pair]],
+    on_case: Callable[[int, int], None] | None,
 ) -> ParityResult:
+    """Run the artifact in one runtime and judge it."""
     manifest = artifact.manifest
     tolerance = TOLERANCES[manifest.format, manifest.precision]
-
-    def result(status: str, reason: str, runtime: str | None, inputs: int, metrics: Metrics | None) -> ParityResult:
-        return ParityResult(
-            str(artifact.path), manifest.format, manifest.precision, status, reason, runtime, against, inputs,
-            metrics, tolerance,
-        )  # fmt: skip
-
+    blank = ParityResult(
+        str(artifact.path), manifest.format, manifest.precision, NOT_RUN, "", None, against, 0, None, tolerance
+    )
     try:
-        session = open_session(artifact)
+        session = opener(artifact)
     except RuntimeUnavailable as error:
-        verdict = result(NOT_RUN, str(error), None, 0, None)
-    else:
-        pairs = _golden_pairs(artifact) if against == "golden" else _reference_pairs(manifest, weights)
-        reasons, metrics, count = compare(manifest, session.run, pairs, on_case)
-        if session.labels != manifest.model.labels:
-            reasons.insert(0, describe_labels(manifest.model.labels, session.labels))
-        if not reasons and metrics is not None:
-            reasons = violations(metrics, tolerance)
-        verdict = result(FAIL if reasons else PASS, "; ".join(reasons), session.runtime, count, metrics)
-    write_json(artifact.path / PARITY, verdict.to_json())
-    return verdict
+        return replace(blank, reason=str(error))
+    reasons, metrics, count = compare(manifest, session.run, pairs(), on_case)
+    if session.labels != manifest.model.labels:
+        reasons.insert(0, describe_labels(manifest.model.labels, session.labels))
+    if not reasons and metrics is not None:
+        reasons = violations(metrics, tolerance)
+    return replace(
+        blank,
+        status=FAIL if reasons else PASS,
+        reason="; ".join(reasons),
+        runtime=session.runtime,
+        inputs=count,
+        metrics=metrics,
+        note=session.note,
+    )
+
+
+def _pairs(artifact: Artifact, against: str, weights: str | Path | None) -> Sequence[Pair]:
+    return _golden_pairs(artifact) if against == "golden" else _reference_pairs(artifact.manifest, weights)
 
 
 Pair = tuple[str, np.ndarray, Arrays]  # case name, the artifact's input, the reference outputs

@@ -1,12 +1,14 @@
 """One adapter for each runtime that can execute an exported file, behind one small interface.
 
-A runtime that cannot work here raises RuntimeUnavailable with the reason; nothing is replaced by something else.
+An opener raises RuntimeUnavailable with the reason where its runtime cannot work, ArtifactError where the runtime
+rejects the file; nothing is replaced by something else.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import zipfile
@@ -34,14 +36,7 @@ class Session:
     runtime: str  # name and version, and what executed
     run: Callable[[np.ndarray], Arrays]
     labels: tuple[str, ...] | None
-
-
-def open_session(artifact: Artifact) -> Session:
-    """Load the artifact's model file in the runtime of its format.
-
-    Raises RuntimeUnavailable where that runtime cannot work here, ArtifactError where it rejects the file.
-    """
-    return RUNTIMES[artifact.manifest.format](artifact)
+    note: str = ""  # what a PASS here does not prove
 
 
 def open_onnx(artifact: Artifact) -> Session:
@@ -138,6 +133,40 @@ def open_torch(module: nn.Module) -> Session:
         return {name: value.numpy() for name, value in outputs.items()}
 
     return Session(f"torch {torch.__version__} CPU eager", run, None)
+
+
+def open_mil(artifact: Artifact) -> Session:
+    """The reference executor: what the saved Core ML package means, computed by torch on any machine."""
+    for module in ("torch", "coremltools"):
+        _runtime_module(module, "pip install 'mvit-export[coreml]'")
+    from mvit_export import mil
+
+    try:
+        program = mil.load(artifact.model_path)
+    except mil.UnsupportedOpError as error:  # the file may be right: that is not known here
+        raise RuntimeUnavailable(str(error)) from error
+    (input_name,) = program.inputs
+
+    def run(array: np.ndarray) -> Arrays:
+        outputs = program.run({input_name: array})
+        return {name: outputs[name] for name in artifact.manifest.output_names if name in outputs}
+
+    labels = program.metadata.get("labels")
+    return Session("mil-reference", run, tuple(json.loads(labels)) if labels else None, MIL_NOTE)
+
+
+MIL_NOTE = "graph and weights are proven; Apple's kernels are not, which takes a Mac: verify --against golden"
+
+
+def openers(artifact: Artifact) -> tuple[Callable[[Artifact], Session], ...]:
+    """The runtimes that check this artifact here: for Core ML the reference executor, and Core ML itself on macOS."""
+    fmt = artifact.manifest.format
+    if fmt != "coreml":
+        return (RUNTIMES[fmt],)
+    if platform.system() != "Darwin":
+        return (open_mil,)
+    # Beside the real Core ML the reference is a second opinion: a Mac without torch does without it.
+    return (open_coreml, open_mil) if importlib.util.find_spec("torch") else (open_coreml,)
 
 
 RUNTIMES: dict[str, Callable[[Artifact], Session]] = {"coreml": open_coreml, "onnx": open_onnx, "tflite": open_tflite}

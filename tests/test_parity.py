@@ -158,7 +158,7 @@ def bear_nan(model: nn.Module) -> None:
 
 
 MUTATIONS = [(m, "onnx") for m in (swap_channels, transpose_weight, drop_layer_norm, wrong_eps, bear_nan)]
-MUTATIONS += [(swap_channels, "tflite"), (bear_nan, "tflite")]  # the check is the same, converting takes longer
+MUTATIONS += [(m, fmt) for m in (swap_channels, bear_nan) for fmt in ("coreml", "tflite")]  # the check is the same
 
 
 @pytest.mark.parametrize(("mutate", "fmt"), MUTATIONS, ids=lambda part: getattr(part, "__name__", part))
