@@ -382,6 +382,15 @@ def test_write_json_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.listdir(tmp_path) == ["parity.json"]
 
 
+def test_write_json_never_changes_a_file_that_is_being_read(tmp_path: Path) -> None:
+    file = tmp_path / "parity.json"
+    write_json(file, {"status": "pass"})
+    with file.open() as reader:
+        write_json(file, {"status": "fail"})
+        assert json.load(reader) == {"status": "pass"}
+    assert json.loads(file.read_text()) == {"status": "fail"}
+
+
 def test_write_json_where_there_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be written: No such file or directory"):
         write_json(tmp_path / "gone" / "parity.json", {})

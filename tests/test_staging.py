@@ -311,6 +311,22 @@ def test_leftovers_of_other_targets_are_swept_but_not_living_runs(tmp_path: Path
     assert names(tmp_path) == ["living", "x"]
 
 
+def test_leftover_of_a_run_that_dies_just_now_is_not_built_upon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies after the sweep and before the claim."""
+    monkeypatch.setattr(staging, "_sweep", lambda parent: fill(tmp_path / ".x.partial" / "deep", "dead"))
+    write(tmp_path / "x", "new")
+    assert generation(tmp_path / "x") == "new"
+
+
+def test_parent_that_a_failing_run_takes_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failing run had made the parent, so it removes it where it is empty."""
+    monkeypatch.setattr(staging, "_sweep", lambda parent: parent.rmdir())
+    write(tmp_path / "out" / "x", "new")
+    assert generation(tmp_path / "out" / "x") == "new"
+
+
 def test_old_directory_of_a_living_run_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where two names cannot be exchanged, another run may come by between the renames."""
     monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
