@@ -16,6 +16,7 @@ from mil_build import floats, save_program
 
 import mvit_export.mil as mil
 from mvit_export.errors import ArtifactError, MvitExportError, UsageError
+from mvit_export.mil import ExecutionError
 
 SPEC, BLOB = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
 X = floats(1, 3, 8, 8)
@@ -193,6 +194,22 @@ def test_damage_is_named_in_one_line(name: str, package: Path) -> None:
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert str(package) in str(error.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("size", 7), ("dtype", 32)])
+def test_result_that_was_declared_otherwise(field: str, value: int, package: Path) -> None:
+    def change(spec: Model) -> None:
+        declared = first_op("relu")(spec).outputs[0].type.tensorType
+        if field == "size":
+            declared.dimensions[1].constant.size = value
+        else:
+            declared.dataType = value  # UINT16
+
+    edit_spec(change)(package)
+    with pytest.raises(
+        ExecutionError, match=r"relu 'out' at main\[8\] failed: it makes float32 \[1, 16, 6, 6\], declared"
+    ):
+        mil.load(package)(x=X)
 
 
 def test_not_a_package_at_all(package: Path, tmp_path: Path) -> None:
