@@ -24,7 +24,7 @@ from mvit_export.runtimes import Arrays, Session, open_torch, openers
 PASS, FAIL, NOT_RUN = "pass", "fail", "not-run"
 REFERENCES = ("pytorch", "golden")
 PARITY = "parity.json"
-FLOAT64_UNIT = 2.0**-53  # unit roundoff
+FLOAT32_UNIT, FLOAT64_UNIT = 2.0**-24, 2.0**-53  # unit roundoff
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,8 @@ def _verify_in(
         session = opener(artifact)
     except RuntimeUnavailable as error:
         return replace(blank, reason=str(error))
+    if constant := constant_reference(pairs()):
+        return replace(blank, reason=constant, runtime=session.runtime)
     reasons, metrics, count = compare(manifest, session.run, pairs(), on_case)
     if session.labels != manifest.model.labels:
         reasons.insert(0, describe_labels(manifest.model.labels, session.labels))
@@ -275,6 +277,17 @@ def compare(
         if on_case:
             on_case(done, len(pairs))
     return faults[:3], worst(measured) if measured else None, len(pairs)
+
+
+def constant_reference(pairs: Sequence[Pair]) -> str | None:
+    """Why a comparison would prove nothing: a reference that ignores its input, as an untrained zero head does."""
+    for name in pairs[0][2]:
+        rows = np.concatenate([outputs[name].reshape(len(array), -1) for _, array, outputs in pairs])
+        with np.errstate(invalid="ignore"):  # NaN and Inf are reported by the comparison
+            spread = np.abs(rows - rows[0]).max()
+        if len(rows) > 1 and spread <= FLOAT32_UNIT * np.abs(rows).max():
+            return f"the reference gives the same {name} for all {len(rows)} inputs, which proves nothing; load weights"
+    return None
 
 
 def structural_faults(case: str, specs: Sequence[TensorSpec], reference: Arrays, outputs: Arrays) -> Iterator[str]:

@@ -264,6 +264,19 @@ def test_weak_reference_is_blamed(tiny_artifact: Callable[..., Path]) -> None:
     assert "the reference itself holds NaN or Inf" in reasons[0]
 
 
+def test_reference_that_ignores_its_input_proves_nothing(tmp_path: Path) -> None:
+    """An untrained head of zeros makes every file look perfect."""
+    source = tmp_path / "net.py"
+    source.write_text(
+        "from torch import nn\ndef net():\n    head = nn.Linear(12, 3)\n    nn.init.zeros_(head.weight)\n"
+        "    return nn.Sequential(nn.Flatten(), head)\n"
+    )
+    (result,) = export(load_model(model=f"{source}:net", input_shape=(1, 3, 2, 2)), to="onnx", out=tmp_path)
+    assert result.parity is not None
+    assert result.parity.status == "not-run"
+    assert result.parity.reason.startswith("the reference gives the same logits for all 9 inputs")
+
+
 def test_reference_runs_without_gradients_and_in_eval_mode(tiny_model: Any) -> None:
     assert not tiny_model.module.training
     assert all(p.dtype == torch.float32 for p in tiny_model.module.parameters())
