@@ -170,4 +170,4 @@ def module_table(package: Package) -> dict[str, str]:
         table = json.loads(package.metadata.get(MODULES_KEY, "{}"))
     except ValueError as error:
         raise ArtifactError(f"{package.path}: metadata {MODULES_KEY} is no JSON; export it again") from error
-    return table if isinstance(table, dict) else {}
+    return {name: printable(str(module)) for name, module in table.items()} if isinstance(table, dict) else {}

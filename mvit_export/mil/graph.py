@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Graph:
+    """A function ready to run: what stands where, and the steps in order."""
+
     template: list[Any]  # one entry a slot; constants are filled in
     inputs: dict[str, tuple[int, str, tuple[int | None, ...]]]  # slot, element type, shape
     states: dict[str, tuple[int, str, tuple[int | None, ...]]]
@@ -166,6 +168,8 @@ class Builder:
                 one[name] = slots[0]
             elif slots[0] in self.constant:
                 fixed[name] = self.python(name, p, self.template[slots[0]])
+            elif p.values:
+                raise UnsupportedOpError(f"{name} is no constant")
             else:
                 late[name] = (slots[0], p.kind)
         reads = (*one.values(), *(s for slots in many.values() for s in slots), *(slot for slot, _ in late.values()))
