@@ -11,10 +11,10 @@ demo: $(RUN)
 	$(BIN)/mvit-export verify artifacts/mobilevit_xxs
 
 test: $(DEV)
-	$(BIN)/pytest --cov --cov-report=term:skip-covered --durations=15
+	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered --durations=15
 
 quick: $(DEV)
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -n auto --dist loadfile -m 'not slow'
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

@@ -155,7 +155,7 @@ def open_mil(artifact: Artifact) -> Session:
     return Session("mil-reference", run, tuple(json.loads(labels)) if labels else None, MIL_NOTE)
 
 
-MIL_NOTE = "graph and weights are proven; Apple's kernels are not, which takes a Mac: verify --against golden"
+MIL_NOTE = "proves graph and weights, not Apple's kernels; for those, on a Mac: verify --against golden"
 
 
 def openers(artifact: Artifact) -> tuple[Callable[[Artifact], Session], ...]:

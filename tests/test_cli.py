@@ -125,7 +125,7 @@ def test_coreml_is_checked_by_the_reference_executor(cli: Cli, tiny_artifact: Ca
     assert (done.code, done.json["status"]) == (0, "pass")
     (verdict,) = done.json["artifacts"]
     assert verdict["runtime"] == "mil-reference"
-    assert verdict["note"].startswith("graph and weights are proven; Apple's kernels are not")
+    assert verdict["note"].startswith("proves graph and weights, not Apple's kernels")
     assert verdict["note"] in done.err
 
 
