@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo
 from mvit_export.errors import ModelError, UsageError, WeightsError, require
 from mvit_export.formats import choose, parse_size
-from mvit_export.models.sources import absolute_source, build_from_file, build_timm, call_guarded, timm_preprocessing
+from mvit_export.models.sources import (
+    absolute_source,
+    build_from_file,
+    build_timm,
+    call_guarded,
+    timm_preprocessing,
+    timm_weights,
+)
 from mvit_export.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Size
 
 if TYPE_CHECKING:
@@ -82,7 +89,7 @@ def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> L
         None if source else info.variant,  # a checkpoint of ours may have sizes of its own ("custom")
         None if info.variant else info.source,
         source,
-        pretrained=bool(not info.variant and origin.trained and not source),
+        pretrained=False,
         num_classes=info.num_classes,
         patch_config=info.patch_config,
         seed=origin.seed or 0,
@@ -207,24 +214,36 @@ def _load_any(source: str, weights: str | Path | None, pretrained: bool, seed: i
     """`timm:NAME` or `FILE.py:FACTORY`."""
     is_timm = source.startswith("timm:")
     with _seeded(seed):
-        module = build_timm(source, pretrained) if is_timm else build_from_file(source, pretrained)
-    sha256, trained = None, True if pretrained else (False if is_timm else None)  # a factory may load its own
+        module = build_timm(source) if is_timm else build_from_file(source, pretrained)
+    if pretrained:
+        weights = timm_weights(source)
+    origin = WeightsInfo(None, None, None, "", False if is_timm else None, seed)  # a factory may load its own
     if weights is not None:
-        from mvit_export.weights import load_strict
-
-        weights = str(Path(weights).absolute())
-        sha256, trained = load_strict(module, weights), True
-    preprocessing = getattr(module, "preprocessing", None)
-    if is_timm:
-        preprocessing = timm_preprocessing(module)
-    elif not isinstance(preprocessing, Preprocessing):
+        origin = _load_weights_into(module, str(weights))
+    module = module.eval().float()
+    origin = replace(origin, state_sha256=state_digest(module))
+    preprocessing = timm_preprocessing(module) if is_timm else getattr(module, "preprocessing", None)
+    if not isinstance(preprocessing, Preprocessing):
         preprocessing = DEFAULT_PREPROCESSING
     name = source.removeprefix("timm:") if is_timm else source.rpartition(":")[2]
-    info = ModelInfo(name=re.sub(r"\W+", "_", name), source=absolute_source(source), task="unknown", params=0, macs=0)
-    origin = WeightsInfo(weights, "model" if weights else None, sha256, "", trained, seed)
-    module = module.eval().float()
-    info = replace(info, params=count_parameters(module))
-    return LoadedModel(module, info, replace(origin, state_sha256=state_digest(module)), preprocessing, (), ())
+    info = ModelInfo(
+        name=re.sub(r"\W+", "_", name),
+        source=absolute_source(source),
+        task="unknown",
+        params=count_parameters(module),
+        macs=0,
+    )
+    return LoadedModel(module, info, origin, preprocessing, (), ())
+
+
+def _load_weights_into(module: nn.Module, weights: str) -> WeightsInfo:
+    """Load a file, folder or hub model strictly into any module."""
+    from mvit_export.checkpoints import find_weights
+    from mvit_export.weights import load_strict, locate
+
+    path, name, revision = locate(weights)
+    sha256 = load_strict(module, find_weights(path) if path.is_dir() else path)
+    return WeightsInfo(name, "model", sha256, "", trained=True, seed=None, revision=revision)
 
 
 @contextlib.contextmanager

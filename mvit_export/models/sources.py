@@ -25,18 +25,24 @@ def absolute_source(source: str) -> str:
     return f"{Path(file).absolute()}:{factory}"
 
 
-def build_timm(source: str, pretrained: bool) -> nn.Module:
-    name = source.removeprefix("timm:")
-    timm = import_timm()
+def build_timm(source: str) -> nn.Module:
+    """An untrained model of timm's by name."""
+    timm, name = import_timm(), source.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ModelError(
             f"timm has no model {name!r}" + (f"; it has {near}, …" if near else "; see timm.list_models()")
         )
-    try:
-        return timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # whatever timm or the hub raises, the user asked for this model
-        raise ModelError(f"timm could not build {name!r}: {_first_line(error)}") from error
+    return call_guarded(lambda: timm.create_model(name, pretrained=False), f"timm's {name}")
+
+
+def timm_weights(source: str) -> str:
+    """Where timm's own weights of that model lie, as `hf:ID`. They are fetched and checked as any others are."""
+    name = source.removeprefix("timm:")
+    cfg = import_timm().get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        raise ModelError(f"timm lists no weights on the hub for {name!r}; leave --pretrained out, or pass --weights")
+    return f"hf:{cfg.hf_hub_id}"
 
 
 def import_timm() -> ModuleType:
