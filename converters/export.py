@@ -32,7 +32,7 @@ from mvit_export.cases import GOLDEN_CASES, make_cases
 from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.errors import ConversionError, MvitExportError, UsageError
-from mvit_export.formats import FORMATS, Target, plan_targets
+from mvit_export.formats import FORMATS, Target, check_installed, plan_targets
 from mvit_export.models.load import LoadedModel
 from mvit_export.runtimes import open_torch
 from mvit_export.staging import check_free, staged_directory
@@ -82,10 +82,10 @@ def export(
         to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch,
         deployment_target=deployment_target,
     )  # fmt: skip
+    check_installed(targets)
     check_model_fits(model, targets)
     folder = Path(out) / model.info.name
     for target in targets:
-        importlib.import_module(CONVERTERS[target.format])
         check_free(folder / target.name, overwrite=overwrite)
     folded = fold_batch_norms(model.module, torch.zeros(model.input_shapes[0]))
     results = []
@@ -118,7 +118,7 @@ def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
 def write_artifact(model: LoadedModel, folded: nn.Module, target: Target, place: Path, *, overwrite: bool) -> Artifact:
     """Convert, describe, hash and move into place."""
     converter = importlib.import_module(CONVERTERS[target.format])
-    tools = {name: importlib.metadata.version(name) for name in converter.TOOLS if _installed(name)}
+    tools = {name: importlib.metadata.version(name) for name in FORMATS[target.format].packages}
     manifest = draft_manifest(model, target, tools)
     with staged_directory(place, overwrite=overwrite) as staging:
         file = staging / (model.info.name + FORMATS[target.format].suffix)
@@ -128,14 +128,6 @@ def write_artifact(model: LoadedModel, folded: nn.Module, target: Target, place:
         manifest = replace(manifest, capture=capture, files=hash_files(staging))
         write_json(staging / MANIFEST, manifest.to_json())
     return read_artifact(place)
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def draft_manifest(model: LoadedModel, target: Target, tools: dict[str, str]) -> Manifest:

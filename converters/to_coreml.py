@@ -20,7 +20,6 @@ from mvit_export.errors import require
 from mvit_export.mil.modules import module_names, number_nodes, store_module_names
 from mvit_export.preprocessing import Preprocessing
 
-TOOLS = ("torch", "coremltools")
 WRAPPER = "model.model."  # CoreMLForm holds Exportable, which holds the network
 
 

@@ -20,7 +20,6 @@ from mvit_export.converters.capture import (
 )
 from mvit_export.errors import ConversionError, require
 
-TOOLS = ("torch", "onnx", "onnxscript")
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # the PyTorch modules that a node came from, outermost first
 
 

@@ -21,8 +21,6 @@ from mvit_export.converters.capture import (
 )
 from mvit_export.errors import require
 
-TOOLS = ("torch", "litert-torch", "ai-edge-litert", "ai-edge-quantizer")
-
 
 def convert(conversion: Conversion, path: Path) -> str:
     """Write the TFLite file `path`."""

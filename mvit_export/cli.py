@@ -107,7 +107,7 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Export a model and check every file (the default)."""
-    from mvit_export.formats import parse_shape, plan_targets
+    from mvit_export.formats import check_installed, parse_shape, plan_targets
 
     conversion = {
         "to": to, "precision": precision, "input": input, "opset": opset, "dynamic_batch": dynamic_batch,
@@ -115,6 +115,7 @@ def export(
     }  # fmt: skip
     with session(as_json, quiet, verbose) as terminal:
         targets = plan_targets(**conversion)  # type: ignore[arg-type]  # before torch is even loaded
+        check_installed(targets)
         import mvit_export
 
         with terminal.progress("loading the model") as step:

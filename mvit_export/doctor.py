@@ -5,18 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mvit_export.errors import RuntimeUnavailable
+from mvit_export.formats import FORMATS
 from mvit_export.runtimes import litert_runtime
-
-# target: (extra, {distribution: module to import})
-CONVERTERS = {
-    "coreml": {"torch": "torch", "coremltools": "coremltools"},
-    "onnx": {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"},
-    "tflite": {"torch": "torch", "litert-torch": "litert_torch", "ai-edge-quantizer": "ai_edge_quantizer"},
-}
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Import every converter and runtime."""
-    targets = [_try("target", name, modules, extra=name) for name, modules in CONVERTERS.items()]
+    targets = [_try("target", fmt.name, fmt.packages, extra=fmt.name) for fmt in FORMATS.values()]
     runtimes = [
         _try("runtime", "pytorch", {"torch": "torch"}, extra="all"),
         _try("runtime", "onnxruntime", {"onnxruntime": "onnxruntime"}, extra="onnx"),
@@ -43,7 +38,7 @@ def examine() -> list[Finding]:
     return [*targets, *runtimes, hub, Finding("device", "local", True, f"{platform.system()} {platform.machine()}")]
 
 
-def _try(kind: str, name: str, modules: dict[str, str], *, extra: str) -> Finding:
+def _try(kind: str, name: str, modules: Mapping[str, str], *, extra: str) -> Finding:
     versions = []
     for distribution, module in modules.items():
         try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mvit_export.errors import UsageError
+from mvit_export.errors import MissingDependencyError, UsageError
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,27 @@ class Format:
     title: str
     suffix: str
     precisions: tuple[str, ...]
+    packages: Mapping[str, str]  # distribution: module; what writing this format takes, and the extra's contents
     options: tuple[str, ...] = ()  # export options that only some formats take
-    max_rank: int | None = None  # tensors of a higher rank cannot be expressed
 
 
+# fmt: off
 FORMATS = {
-    "coreml": Format("coreml", "Core ML", ".mlpackage", ("fp16", "fp32"), ("deployment_target",), max_rank=5),
-    "onnx": Format("onnx", "ONNX", ".onnx", ("fp32", "fp16"), ("opset", "dynamic_batch")),
-    "tflite": Format("tflite", "TFLite", ".tflite", ("fp32", "fp16")),
+    "coreml": Format(
+        "coreml", "Core ML", ".mlpackage", ("fp16", "fp32"),
+        {"torch": "torch", "coremltools": "coremltools"}, ("deployment_target",),
+    ),
+    "onnx": Format(
+        "onnx", "ONNX", ".onnx", ("fp32", "fp16"),
+        {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("opset", "dynamic_batch"),
+    ),
+    "tflite": Format(
+        "tflite", "TFLite", ".tflite", ("fp32", "fp16"),
+        {"torch": "torch", "litert-torch": "litert_torch", "ai-edge-litert": "ai_edge_litert",
+         "ai-edge-quantizer": "ai_edge_quantizer"},
+    ),
 }
+# fmt: on
 OPSETS = (18, 19, 20, 21, 22, 23)
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18", "iOS26")
 INPUT_KINDS = ("tensor", "image")
@@ -105,6 +118,17 @@ def plan_targets(
                 )
             )
     return tuple(targets)
+
+
+def check_installed(targets: Iterable[Target]) -> None:
+    """Refuse targets whose packages are absent, naming the command that brings them. Imports nothing."""
+    for fmt in (FORMATS[target.format] for target in targets):
+        for distribution, module in fmt.packages.items():
+            if importlib.util.find_spec(module) is None:
+                raise MissingDependencyError(
+                    f"{distribution} is not installed, needed to write {fmt.title} files: "
+                    f"pip install 'mvit-export[{fmt.name}]'"
+                )
 
 
 def check_format_options(formats: Sequence[Format], given: Mapping[str, object]) -> None:

@@ -181,7 +181,7 @@ def test_what_needs_torch_says_so_in_one_line(
     done = command.run("mvit-export", *[place if word == "ARTIFACT" else word for word in arguments])
     assert (done.code, done.out) == (2, "")
     assert done.err == (
-        "mvit-export: error: torch is not installed, needed to build a model: pip install 'mvit-export[all]'\n"
+        "mvit-export: error: torch is not installed, needed to write ONNX files: pip install 'mvit-export[onnx]'\n"
     )
     assert not (command.folder / "artifacts").exists()
     assert not (Path(place) / "parity.json").exists()
