@@ -42,7 +42,7 @@ def convert(conversion: Conversion, path: Path) -> str:
         except Exception:  # the converter's errors have no common type; if the trace fails too, its error is raised
             mlmodel, capture = ct.convert(torch.jit.trace(module, example), **options), JIT_TRACE
             modules = module_names(mlmodel, model=module)
-    store_module_names(mlmodel, {op: path.removeprefix(WRAPPER) for op, path in modules.items()})
+    store_module_names(mlmodel, {op: f"{path}.".removeprefix(WRAPPER).rstrip(".") for op, path in modules.items()})
     describe(mlmodel, conversion)
     mlmodel.save(str(path))
     return capture

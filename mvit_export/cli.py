@@ -173,6 +173,9 @@ def verify(
         str, typer.Option(help="pytorch: the model rebuilt from its weights; golden: the stored vectors, no torch.")
     ] = "pytorch",
     weights: Annotated[str | None, typer.Option(help="Where the checkpoint is now, if it has moved.")] = None,
+    locate: Annotated[
+        bool, typer.Option("--locate", help="Name the first layer at which a file leaves PyTorch.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -188,9 +191,13 @@ def verify(
                 def on_case(done: int, total: int, path: Path = path) -> None:
                     step(f"verify {path}: input {done} of {total}")
 
-                results += parity.verify(path, against=against, weights=weights, on_case=on_case)
+                results += parity.verify(path, against=against, weights=weights, find_layer=locate, on_case=on_case)
         for result in results:
             print_verdict(terminal, result)
+            if result.located:
+                terminal.print(f"        {result.located}")
+            elif result.status == parity.FAIL and against == "pytorch" and not locate:
+                terminal.print(f"        which layer: mvit-export verify --locate {result.path}")
         terminal.print_json(parity.summarise(results))
         raise typer.Exit(EXIT_CODES[parity.overall_status(results)])
 

@@ -19,7 +19,8 @@ import numpy as np
 from mvit_export.artifact import Artifact, Manifest, TensorSpec, find_artifacts, load_golden, read_artifact, write_json
 from mvit_export.cases import make_cases
 from mvit_export.errors import MvitExportError, RuntimeUnavailable, UsageError
-from mvit_export.runtimes import Arrays, Session, open_torch, openers
+from mvit_export.locate import Located, locate
+from mvit_export.runtimes import Arrays, Overflow, Session, open_torch, openers
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not-run"
 REFERENCES = ("pytorch", "golden")
@@ -68,7 +69,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class ParityResult:
-    """The verdict of one runtime on one artifact. `reason` is empty for PASS; `note` says what a PASS leaves open."""
+    """The verdict of one runtime on one artifact. `reason` is empty for PASS; `note` says what a PASS leaves open.
+
+    `worst_case` names the input with a fault or else the largest error, if all could run. `overflow` is the first of
+    an fp16 program that failed, where the runtime can tell. `located` is there if it was asked for.
+    """
 
     path: str
     format: str
@@ -81,6 +86,9 @@ class ParityResult:
     metrics: Metrics | None
     tolerance: Tolerance
     note: str = ""
+    worst_case: str | None = None
+    overflow: Overflow | None = None
+    located: Located | None = None
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
@@ -174,6 +182,7 @@ def verify(
     *,
     against: str = "pytorch",
     weights: str | Path | None = None,
+    find_layer: bool = False,
     on_case: Callable[[int, int], None] | None = None,
 ) -> tuple[ParityResult, ...]:
     """Check every artifact that `path` means and write the verdicts to its parity.json.
@@ -182,18 +191,23 @@ def verify(
     reference executor, elsewhere by the latter alone.
 
     `against` is "pytorch" (the model rebuilt from its weights; `weights` if they have moved) or "golden" (the stored
-    vectors; needs numpy, safetensors and the runtime alone). `on_case(done, total)` is called for progress.
+    vectors; needs numpy, safetensors and the runtime alone). `find_layer` also names the first layer at which a file
+    leaves PyTorch. `on_case(done, total)` is called for progress.
     Raises ArtifactError, WeightsError or UsageError where the question itself cannot be asked.
     """
     if against not in REFERENCES:
         raise UsageError(f"--against is {against!r}, expected one of {', '.join(REFERENCES)}")
     if weights is not None and against == "golden":
         raise UsageError("--weights has no use with --against golden, which reads the stored vectors alone")
+    if find_layer and against == "golden":
+        raise UsageError("--locate compares with PyTorch's layers, which --against golden does without; leave out one")
     artifacts = [read_artifact(place) for place in find_artifacts(path)]
     results: list[ParityResult] = []
     for artifact in artifacts:
         pairs = functools.cache(lambda a=artifact: _pairs(a, against, weights))  # computed once, if a runtime works
         verdicts = [_verify_in(opener, artifact, against, pairs, on_case) for opener in openers(artifact)]
+        if find_layer:
+            verdicts = [with_location(verdict, artifact, weights) for verdict in verdicts]
         write_json(artifact.path / PARITY, summarise(verdicts))
         results += verdicts
     return tuple(results)
@@ -218,20 +232,35 @@ def _verify_in(
         return replace(blank, reason=str(error))
     if constant := constant_reference(pairs()):
         return replace(blank, reason=constant, runtime=session.runtime)
-    reasons, metrics, count = compare(manifest, session.run, pairs(), on_case)
+    outcomes = run_cases(manifest, session.run, pairs(), on_case)
+    reasons, metrics = summarise_cases(outcomes)
+    worst_case = find_worst(outcomes)
     if session.labels != manifest.model.labels:
         reasons.insert(0, describe_labels(manifest.model.labels, session.labels))
     if not reasons and metrics is not None:
         reasons = violations(metrics, tolerance)
+    overflow = None
+    if reasons and session.overflow and manifest.precision == "fp16" and not worst_case.broken:
+        overflow = session.overflow(next(array for case, array, _ in pairs() if case == worst_case.case))
     return replace(
         blank,
         status=FAIL if reasons else PASS,
-        reason="; ".join(reasons),
+        reason="; ".join([*reasons, *([str(overflow)] if overflow else [])]),
         runtime=session.runtime,
-        inputs=count,
+        inputs=len(pairs()),
         metrics=metrics,
         note=session.note,
+        worst_case=None if worst_case.broken else worst_case.case,
+        overflow=overflow,
     )
+
+
+def with_location(result: ParityResult, artifact: Artifact, weights: str | Path | None) -> ParityResult:
+    """The verdict with the first layer that differs, unless no run came to its end."""
+    if result.worst_case is None:
+        return result
+    limit = result.tolerance.max_rel
+    return replace(result, located=locate(artifact, case=result.worst_case, max_rel=limit, weights=weights))
 
 
 def _pairs(artifact: Artifact, against: str, weights: str | Path | None) -> Sequence[Pair]:
@@ -253,6 +282,16 @@ def _reference_pairs(manifest: Manifest, weights: str | Path | None) -> list[Pai
     return [(case.name, case.artifact_input, reference.run(case.model_input)) for case in make_cases(manifest)]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one input showed: faults or metrics; `broken` if the runtime did not come to the end of its run."""
+
+    case: str
+    faults: tuple[str, ...]
+    metrics: Metrics | None = None
+    broken: bool = False
+
+
 def compare(
     manifest: Manifest,
     run: Callable[[np.ndarray], Arrays],
@@ -260,29 +299,50 @@ def compare(
     on_case: Callable[[int, int], None] | None = None,
 ) -> tuple[list[str], Metrics | None, int]:
     """Run every input; give the structural faults (none is good), the worst metrics, and how many inputs ran."""
-    faults: list[str] = []
-    measured: list[Metrics] = []
+    return *summarise_cases(run_cases(manifest, run, pairs, on_case)), len(pairs)
+
+
+def run_cases(
+    manifest: Manifest,
+    run: Callable[[np.ndarray], Arrays],
+    pairs: Sequence[Pair],
+    on_case: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
+    """Run the inputs, to the first that breaks the runtime."""
+    outcomes: list[Outcome] = []
     for done, (case, array, reference) in enumerate(pairs, start=1):
         try:
             outputs = run(array)
         except MvitExportError:
             raise
         except Exception as error:  # each runtime has its own exception types; a run that fails is a failed check
-            faults.append(f"{case}: the runtime failed: {str(error).strip().splitlines()[0]}")
-            break
-        found = list(structural_faults(case, manifest.outputs, reference, outputs))
-        faults += found
-        if not found:
-            measured += [measure(reference[spec.name], outputs[spec.name]) for spec in manifest.outputs]
+            fault = f"{case}: the runtime failed: {str(error).strip().splitlines()[0]}"
+            return [*outcomes, Outcome(case, (fault,), broken=True)]
+        faults = tuple(structural_faults(case, manifest.outputs, reference, outputs))
+        measured = [measure(reference[spec.name], outputs[spec.name]) for spec in manifest.outputs if not faults]
+        outcomes.append(Outcome(case, faults, worst(measured) if measured else None))
         if on_case:
             on_case(done, len(pairs))
-    return faults[:3], worst(measured) if measured else None, len(pairs)
+    return outcomes
+
+
+def summarise_cases(outcomes: Sequence[Outcome]) -> tuple[list[str], Metrics | None]:
+    """The first faults, and the worst of the metrics."""
+    measured = [outcome.metrics for outcome in outcomes if outcome.metrics]
+    return [fault for outcome in outcomes for fault in outcome.faults][:3], worst(measured) if measured else None
+
+
+def find_worst(outcomes: Sequence[Outcome]) -> Outcome:
+    """The first input with a fault, else the one with the largest error."""
+    faulty = [outcome for outcome in outcomes if outcome.faults]
+    return faulty[0] if faulty else max(outcomes, key=lambda outcome: outcome.metrics.max_rel if outcome.metrics else 0)
 
 
 def constant_reference(pairs: Sequence[Pair]) -> str | None:
     """Why a comparison would prove nothing: a reference that ignores its input, as an untrained zero head does."""
     for name in pairs[0][2]:
-        rows = np.concatenate([outputs[name].reshape(len(array), -1) for _, array, outputs in pairs])
+        every = [row for _, _, outputs in pairs for row in outputs[name]]
+        rows = np.stack([row for row in every if row.shape == every[0].shape])  # maps of another size say nothing
         with np.errstate(invalid="ignore"):  # NaN and Inf are reported by the comparison
             spread = np.abs(rows - rows[0]).max()
         if len(rows) > 1 and spread <= FLOAT32_UNIT * np.abs(rows).max():

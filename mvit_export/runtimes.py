@@ -30,6 +30,20 @@ Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
+class Overflow:
+    """The first op of an fp16 program whose result fp16 cannot hold."""
+
+    module: str | None  # of the PyTorch model, where the file says so
+    op: str
+    op_type: str
+    largest: float  # absolute value, before rounding
+
+    def __str__(self) -> str:
+        place = self.module or "an unnamed module"
+        return f"fp16 overflow first at {place} (op {self.op}, {self.op_type}): {self.largest:.3g}, fp16 ends at 65504"
+
+
+@dataclass(frozen=True)
 class Session:
     """A loaded model. `run` takes the input array and gives every output by name; `labels` are the file's own."""
 
@@ -37,6 +51,7 @@ class Session:
     run: Callable[[np.ndarray], Arrays]
     labels: tuple[str, ...] | None
     note: str = ""  # what a PASS here does not prove
+    overflow: Callable[[np.ndarray], Overflow | None] | None = None  # looks for one, where the runtime can
 
 
 def open_onnx(artifact: Artifact) -> Session:
@@ -151,8 +166,12 @@ def open_mil(artifact: Artifact) -> Session:
         outputs = program.run({input_name: array})
         return {name: outputs[name] for name in artifact.manifest.output_names if name in outputs}
 
+    def overflow(array: np.ndarray) -> Overflow | None:
+        first = program.trace(**{input_name: array}).first_overflow
+        return Overflow(first.op.module, first.name, first.op.type, first.max_abs) if first else None
+
     labels = program.metadata.get("labels")
-    return Session("mil-reference", run, tuple(json.loads(labels)) if labels else None, MIL_NOTE)
+    return Session("mil-reference", run, tuple(json.loads(labels)) if labels else None, MIL_NOTE, overflow)
 
 
 MIL_NOTE = "proves graph and weights, not Apple's kernels; for those, on a Mac: verify --against golden"

@@ -1,0 +1,238 @@
+"""Where does a saved file leave the PyTorch model? The first layer whose output differs, by its module path.
+
+The reference runs with a hook on every module; the file's own tensors come from `intermediates.py`. A module's output
+is looked for among the file's tensors of that module, in any usual layout. A file need not have all of them: what a
+converter fused or dissolved is passed over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mvit_export.artifact import Artifact
+from mvit_export.cases import make_cases
+from mvit_export.intermediates import Intermediate, read_intermediates
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Located:
+    """The first layer that differs, or, where none does (`diverges` False), the one with the largest error.
+
+    Errors are the largest absolute difference over the largest absolute reference value; None stands for NaN or Inf.
+    `error_before` is that of the last layer that matches. `module` is "" for what the network computes outside of its
+    modules. A layer that the file has no op of is seen at an op of a later one, `seen_in`.
+    """
+
+    module: str
+    op: str
+    op_type: str
+    error_before: float | None
+    error_after: float | None
+    diverges: bool
+    seen_in: str | None = None
+    case: str = ""
+
+    def __str__(self) -> str:
+        """One line for people."""
+        name = self.module or "the network's own forward"
+        op = f"op {self.op}, {self.op_type}"
+        if self.seen_in is not None:
+            op = f"no op of its own; seen at {self.op}, {self.op_type}, of {self.seen_in or 'the network'}"
+        after = "NaN or Inf" if self.error_after is None else f"{self.error_after:.1e}"
+        if not self.diverges:
+            return f"no layer diverges: largest error {after} at {name} ({op})"
+        return f"first diverging layer: {name} ({op}): error {self.error_before:.1e} before, {after} after"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One tensor that the reference made: a module's output, or a value that passed through an Identity."""
+
+    module: str
+    leaf: bool
+    output: np.ndarray
+    node: Any  # autograd's, which knows what the tensor depends on
+
+
+@dataclass
+class Recorder:
+    """Hooks that note every module's output, in the order of their making."""
+
+    calls: list[Call] = field(default_factory=list)
+    chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    active: list[tuple[str, Any]] = field(default_factory=list)  # attribute and the input's autograd node
+
+    def attach(self, path: str, module: nn.Module) -> None:
+        attribute, leaf = path.rpartition(".")[2], not any(module.children())
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self.active.append((attribute, next((tensor.grad_fn for tensor in tensors_in(args)), None)))
+
+        def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.chains.setdefault(path, tuple(entry[0] for entry in self.active[1:]))
+            _, given = self.active.pop()
+            for tensor in tensors_in(output):
+                if tensor.grad_fn is not given or not path:
+                    self.note(path, leaf, tensor)
+                elif all(call.node is not given for call in self.calls):
+                    self.note(path.rpartition(".")[0], False, tensor)  # an Identity shows a value of its parent
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+    def note(self, path: str, leaf: bool, tensor: Tensor) -> None:
+        # A copy: an activation may work in place on it later.
+        self.calls.append(Call(path, leaf, tensor.detach().float().numpy().copy(), tensor.grad_fn))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The floating tensors of whatever a module takes or gives."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
+def record(module: nn.Module, array: np.ndarray) -> Recorder:
+    """Run the reference on one input. Autograd is on, for it tells which values a value depends on."""
+    import torch
+
+    recorder = Recorder()
+    for path, part in module.named_modules():
+        recorder.attach(path, part)
+    with torch.enable_grad():
+        module(torch.from_numpy(array).requires_grad_() + 0)  # the sum, since a network may change its input in place
+    return recorder
+
+
+def ancestors(nodes: Iterable[Any]) -> set[Any]:
+    """The autograd nodes that these depend on, and themselves."""
+    seen: set[Any] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [source for source, _ in node.next_functions]
+    return seen
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """The tensor of the file that is nearest to one output of the reference."""
+
+    call: Call
+    found: Intermediate
+    error: float  # inf for NaN or Inf
+
+
+def comparable(calls: Sequence[Call]) -> Iterator[tuple[Call, tuple[str, ...]]]:
+    """The calls whose outputs can tell something, with the modules whose tensors may hold them.
+
+    A BatchNorm is folded into the layer that it follows: that layer's tensors hold the norm's output, and its own
+    output is nowhere. A constant would match by chance.
+    """
+    known = {call.node for call in calls}
+    norms = [node for node in ancestors(known) if "BatchNorm" in type(node).__name__ and node in known]
+    before = {norm: norm.next_functions[0][0] for norm in norms}
+    layers = {call.node: call.module for call in reversed(calls)}
+    for call in calls:
+        if call.node in before.values() or not np.isfinite(call.output).all() or np.ptp(call.output) == 0:
+            continue
+        layer = layers.get(before.get(call.node))
+        yield call, (call.module,) if layer is None else (call.module, layer)
+
+
+def nearest(call: Call, paths: Sequence[str], intermediates: Sequence[Intermediate]) -> Check | None:
+    """The best of the file's tensors of these modules; None if there is none of this size."""
+    checks = [
+        Check(call, item, distance(call.output, item.tensor))
+        for item in intermediates
+        if item.tensor.size == call.output.size and any(belongs(item, path) for path in paths)
+    ]
+    return min(checks, key=lambda check: check.error, default=None)
+
+
+def belongs(item: Intermediate, path: str) -> bool:
+    """Whether a tensor was made by this module or inside of it; the network, "", holds everything."""
+    return not path or any(module == path or module.startswith(f"{path}.") for module in item.modules)
+
+
+def distance(reference: np.ndarray, tensor: np.ndarray) -> float:
+    """Largest difference over the largest reference value, in the layout that fits best; inf for NaN or Inf."""
+    flat, scale = tensor.astype(np.float32).ravel(), float(np.abs(reference).max())
+    if not np.isfinite(flat).all():
+        return math.inf
+    return min(float(np.abs(form.ravel() - flat).max()) / scale for form in layouts(reference))
+
+
+def layouts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """As it is, with channels last instead of first, and with channels first instead of last."""
+    yield array
+    if array.ndim > 2:
+        yield np.moveaxis(array, 1, -1)
+        yield np.moveaxis(array, -1, 1)
+
+
+def first_divergence(calls: Sequence[Call], intermediates: Sequence[Intermediate], max_rel: float) -> Located | None:
+    """The verdict on one run; None if nothing could be compared.
+
+    A layer that differs although a layer computed from it matches is no fault: a converter moved a scale or a shift
+    from one op to another.
+    """
+    outcomes = [(call, nearest(call, paths, intermediates)) for call, paths in comparable(calls)]
+    checks = [check for _, check in outcomes if check]
+    right = ancestors(check.call.node for check in checks if check.error <= max_rel)
+    first = next((c for c in checks if c.error > max_rel and c.call.node not in right), None)
+    if first is None:
+        trusted = [check for check in checks if check.error <= max_rel]
+        return located(max(trusted, key=lambda check: check.error)) if trusted else None
+    passed = outcomes[: [call for call, _ in outcomes].index(first.call)]
+    last = max((i for i, (_, check) in enumerate(passed) if check and check.error <= max_rel), default=-1)
+    before = passed[last][1] if last >= 0 else None
+    sources = ancestors([first.call.node])
+    hidden = [call for call, check in passed[last + 1 :] if check is None and call.leaf and call.node in sources]
+    return located(first, before=before.error if before else 0.0, hidden=hidden[0].module if hidden else None)
+
+
+def located(check: Check, *, before: float | None = None, hidden: str | None = None) -> Located:
+    """The record of one check; without `before` nothing diverges."""
+    module = check.call.module
+    return Located(
+        module=module if hidden is None else hidden,
+        op=check.found.op,
+        op_type=check.found.op_type,
+        error_before=before,
+        error_after=check.error if math.isfinite(check.error) else None,
+        diverges=before is not None,
+        seen_in=None if hidden is None else module,
+    )
+
+
+def locate(artifact: Artifact, *, case: str, max_rel: float, weights: str | Path | None = None) -> Located | None:
+    """Compare the file's layers with those of the rebuilt PyTorch model on one of the parity check's inputs.
+
+    Layers differ beyond `max_rel`. None if the file says of no tensor what it is, and its output has another shape.
+    Raises what `rebuild_model` raises, and ArtifactError where the file does not give its tensors.
+    """
+    from mvit_export.models.load import rebuild_model
+
+    manifest = artifact.manifest
+    (chosen,) = [item for item in make_cases(manifest) if item.name == case]
+    recorder = record(rebuild_model(manifest, weights=weights).module, chosen.model_input)
+    intermediates = read_intermediates(artifact, chosen.artifact_input, recorder.chains)
+    found = first_divergence(recorder.calls, intermediates, max_rel)
+    return None if found is None else replace(found, case=case)
