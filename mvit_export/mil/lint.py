@@ -97,9 +97,7 @@ def total(findings: Sequence[Finding]) -> int | None:
 def lint(operations: Sequence[Operation]) -> Lint:
     """Hold every op that runs against every rule; compressed weights are unfolded before and are no ops."""
     running = [operation for operation in operations if not operation.type.startswith("constexpr_")]
-    return Lint(
-        tuple(Finding(o.op, count_macs(o), tuple(rule for rule in RULES if rule.broken(o))) for o in running)
-    )
+    return Lint(tuple(Finding(o.op, count_macs(o), tuple(rule for rule in RULES if rule.broken(o))) for o in running))
 
 
 def lint_package(path: str | Path) -> Lint:

@@ -66,7 +66,9 @@ def einsum(operation: Operation) -> int:
     operands = operation.inputs.get("values", ())
     if "..." in "".join(terms) or len(terms) != len(operands):
         raise Unknown
-    sizes = {letter: n for term, x in zip(terms, operands, strict=True) for letter, n in zip(term, x.shape, strict=True)}
+    sizes = {
+        letter: n for term, x in zip(terms, operands, strict=True) for letter, n in zip(term, x.shape, strict=True)
+    }
     return product(*sizes.values())
 
 

@@ -51,7 +51,9 @@ def size(op: Operation) -> bool:
 
 def conv_kernel(op: Operation) -> bool:
     weight = op.input("weight")
-    return op.type in CONVS and weight is not None and any(n is not None and n > MAX_CONV_KERNEL for n in weight.shape[2:])
+    return (
+        op.type in CONVS and weight is not None and any(n is not None and n > MAX_CONV_KERNEL for n in weight.shape[2:])
+    )
 
 
 def pool_kernel(op: Operation) -> bool:
@@ -167,23 +169,23 @@ RULES = (  # worst first
          f"{HOLLANCE}, docs/unsupported-layers.md; jafreck/ironmill, docs/design/ane-op-support-matrix.md", indexed),
     Rule("conv-kernel", "blocks", f"convolution kernels of {MAX_CONV_KERNEL} at most",
          f"{IRONMILL}: tensor constraints", conv_kernel),
-    Rule("pool-kernel", "blocks", f"pooling kernels of {MAX_POOL_KERNEL} at most; a global mean is better a reduce_mean",
+    Rule("pool-kernel", "blocks", f"pooling kernels of {MAX_POOL_KERNEL} at most; reduce_mean has no such limit",
          f"{HOLLANCE}#2 (system log)", pool_kernel),
     Rule("pool-stride", "blocks", f"pooling strides of {MAX_POOL_STRIDE} at most",
          f"{HOLLANCE}#2 (system log)", pool_stride),
     Rule("upsample", "blocks", f"upsampling by {MAX_UPSAMPLE} at most; chain several",
          f"{HOLLANCE}#2 (system log)", upsample),
-    Rule("singleton-last-axis", "slows", f"a last axis of 1 is padded to {LAST_AXIS_BYTES} bytes: 32 times the memory in fp16",
+    Rule("singleton-last-axis", "slows", f"a last axis of 1 is padded to {LAST_AXIS_BYTES} bytes: 32 times fp16's",
          f"{APPLE}: tensor memory alignment; apple/ml-ane-transformers, principle 1", singleton),
     Rule("narrow-last-axis", "slows", f"a last axis below {LAST_AXIS_BYTES} bytes (32 numbers in fp16) is padded",
          f"{APPLE}: tensor memory alignment; apple/ml-ane-transformers, principle 1", narrow),
     Rule("linear", "slows", "a 1x1 convolution rather than linear, or a product with a constant matrix",
          f"{APPLE}: Conv2d instead of Linear; apple/ml-ane-transformers, principle 1", linear),
-    Rule("innermost-axis", "slows", "a reshape or transpose that changes the innermost axis rewrites the tensor in memory",
+    Rule("innermost-axis", "slows", "a reshape or transpose that changes the innermost axis rewrites all memory",
          f"{APPLE}: unnecessary memory copies; apple/ml-ane-transformers, principle 3", innermost),
     Rule("split-norm", "slows", "layer_norm kept whole, not written out as mean, difference, square and root",
          f"{APPLE}: prefer high-level ops", written_out_norm),
-    Rule("softmax-axis", "slows", "softmax over channels (axis 1), not over a spatial or last axis; attention ops hide one",
+    Rule("softmax-axis", "slows", "softmax over channels (axis 1), not a spatial or last axis; attention ops hide one",
          f"{APPLE}: softmax placement", softmax_axis),
     Rule("dilation", "slows", "no dilated convolution; hollance lists it as not supported, Apple as expensive",
          f"{APPLE}: dilated convolution factorization; {HOLLANCE}, docs/unsupported-layers.md", dilated),
