@@ -79,8 +79,8 @@ def read_tflite(path: Path) -> dict[str, Any]:
 
 
 def read_coreml(path: Path) -> dict[str, Any]:
-    for module in ("coremltools", "torch"):
-        require(module, extra="coreml", purpose="to inspect Core ML packages")
+    require("coremltools", extra="coreml", purpose="to inspect Core ML packages")
+    require("torch", extra="coreml", purpose="to inspect Core ML packages")
     from mvit_export.mil.lint import lint
     from mvit_export.mil.listing import list_operations
     from mvit_export.mil.package import read_package
