@@ -101,10 +101,10 @@ class _Lister:
 
     def operation(self, operation: Any, place: str) -> Iterator[Operation]:
         if operation.type == "const":
-            (output,) = operation.outputs or [None]
-            if output is None or "val" not in operation.attributes:
+            if "val" not in operation.attributes or len(operation.outputs) != 1:
                 raise self.damaged(f"the constant at {place} has no value")
-            self.known[output.name] = self.literal(output.name, operation.attributes["val"])
+            name = operation.outputs[0].name
+            self.known[name] = self.literal(name, operation.attributes["val"])
             return
         inputs = {name: self.argument(argument, place) for name, argument in operation.inputs.items()}
         for nested in operation.blocks:

@@ -17,12 +17,12 @@ class Unknown(Exception):
 
 
 def count_macs(operation: Operation) -> int | None:
-    """MACs of one run of the op; None where they depend on a flexible size."""
+    """MACs of one run of the op; None where they depend on a flexible size, or shapes make no sense."""
     if operation.type not in MACS:
         return 0
     try:
         return MACS[operation.type](operation)
-    except Unknown:
+    except (Unknown, LookupError, ValueError):
         return None
 
 

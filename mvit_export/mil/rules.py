@@ -57,16 +57,16 @@ def conv_kernel(op: Operation) -> bool:
 
 
 def pool_kernel(op: Operation) -> bool:
-    return op.type in POOLS and max(op.constant("kernel_sizes", [1])) > MAX_POOL_KERNEL
+    return op.type in POOLS and max(op.constant("kernel_sizes", [1]), default=1) > MAX_POOL_KERNEL
 
 
 def pool_stride(op: Operation) -> bool:
-    return op.type in POOLS and max(op.constant("strides", [1])) > MAX_POOL_STRIDE
+    return op.type in POOLS and max(op.constant("strides", [1]), default=1) > MAX_POOL_STRIDE
 
 
 def upsample(op: Operation) -> bool:
     x = op.input("x")
-    if not op.type.startswith(RESIZES) or x is None:
+    if not op.type.startswith(RESIZES) or x is None or not op.outputs:
         return False
     pairs = zip(x.shape[-2:], op.outputs[0].shape[-2:], strict=False)
     return any(before and after and after > MAX_UPSAMPLE * before for before, after in pairs)
@@ -100,10 +100,10 @@ def linear(op: Operation) -> bool:
 
 def innermost(op: Operation) -> bool:
     x = op.input("x")
-    if x is None or not x.shape:
+    if x is None or not x.shape or not op.outputs:
         return False
     if op.type == "transpose":
-        return op.constant("perm", [-1])[-1] % len(x.shape) != len(x.shape) - 1
+        return (op.constant("perm", None) or [-1])[-1] % len(x.shape) != len(x.shape) - 1
     return op.type in SAME_ORDER and op.outputs[0].shape[-1:] != x.shape[-1:]
 
 
@@ -129,11 +129,11 @@ def softmax_axis(op: Operation) -> bool:
     if op.type == "scaled_dot_product_attention":
         return True
     x = op.input("x")
-    return op.type == "softmax" and x is not None and op.constant("axis", -1) % len(x.shape) != 1
+    return op.type == "softmax" and x is not None and bool(x.shape) and op.constant("axis", -1) % len(x.shape) != 1
 
 
 def dilated(op: Operation) -> bool:
-    return op.type in CONVS and max(op.constant("dilations", [1])) > 1
+    return op.type in CONVS and max(op.constant("dilations", [1]), default=1) > 1
 
 
 def tiled(op: Operation) -> bool:
