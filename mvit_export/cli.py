@@ -218,15 +218,16 @@ def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:
 
 @app.command()
 def inspect(artifacts: Artifacts, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show inputs, outputs, sizes and operators."""
-    with session(as_json, quiet, verbose) as terminal:
-        from mvit_export.artifact import find_artifacts, read_artifact
-        from mvit_export.inspection import describe, inspect_artifact
+    """Show inputs, outputs, sizes and operators; of Core ML, what is eligible for the Neural Engine.
 
-        paths = [place for path in artifacts for place in find_artifacts(path)]
-        reports = [inspect_artifact(read_artifact(path)) for path in paths]
+    Takes any .mlpackage too. -v lists every op.
+    """
+    with session(as_json, quiet, verbose) as terminal:
+        from mvit_export.inspection import describe, inspect_path
+
+        reports = [report for path in artifacts for report in inspect_path(path)]
         for report in reports:
-            for line in describe(report):
+            for line in describe(report, verbose=verbose):
                 terminal.print(line)
         terminal.print_json({"status": "pass", "artifacts": reports})
 

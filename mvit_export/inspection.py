@@ -1,20 +1,38 @@
-"""What is inside an exported file, read from the file itself: operators, opset or specification, sizes."""
+"""What is inside an exported file, read from the file itself: operators, opset or specification, sizes, lint."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mvit_export.artifact import Artifact, TensorSpec
+from mvit_export.artifact import MANIFEST, Artifact, TensorSpec, find_artifacts, read_artifact
 from mvit_export.errors import require
+
+PACKAGE_SUFFIX = ".mlpackage"
+
+
+def inspect_path(path: str | Path) -> list[dict[str, Any]]:
+    """Records of the artifacts meant by `path`, or of one Core ML package that lies outside of any artifact."""
+    path = Path(path)
+    if path.suffix == PACKAGE_SUFFIX and path.exists() and MANIFEST not in os.listdir(path.parent):
+        return [inspect_package(path)]
+    return [inspect_artifact(read_artifact(place)) for place in find_artifacts(path)]
+
+
+def inspect_package(path: Path) -> dict[str, Any]:
+    """The record of a Core ML package of any origin: what an artifact's manifest would add is missing."""
+    contents = read_coreml(path)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"path": str(path), "format": "coreml", "bytes": size, **contents}
 
 
 def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
     """The JSON record of `mvit-export inspect`. Raises MissingDependencyError without the format's package."""
     manifest = artifact.manifest
-    details, operators = READERS[manifest.format](artifact.model_path)
+    contents = READERS[manifest.format](artifact.model_path)
     return {
         "path": str(artifact.path),
         "model": manifest.to_json()["model"] | {"labels": len(manifest.model.labels or ())},
@@ -26,9 +44,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "preprocessing": manifest.preprocessing.to_json() if manifest.preprocessing else None,
         "inputs": [_spec(spec) for spec in manifest.inputs],
         "outputs": [_spec(spec) for spec in manifest.outputs],
-        "details": details,
-        "operator_count": sum(operators.values()),
-        "operators": dict(operators.most_common()),
+        **contents,
         "tools": dict(manifest.tools),
     }
 
@@ -37,14 +53,21 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype, "layout": spec.layout}
 
 
-def read_onnx(path: Path) -> tuple[dict[str, Any], Counter[str]]:
+def _contents(details: dict[str, Any], operators: Counter[str]) -> dict[str, Any]:
+    count, by_type = sum(operators.values()), dict(operators.most_common())
+    return {"details": details, "operator_count": count, "operators": by_type}
+
+
+def read_onnx(path: Path) -> dict[str, Any]:
     onnx = require("onnx", extra="onnx", purpose="to inspect ONNX files")
     model = onnx.load(str(path), load_external_data=False)
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
-    return {"ir_version": model.ir_version, "opsets": opsets}, Counter(node.op_type for node in model.graph.node)
+    return _contents(
+        {"ir_version": model.ir_version, "opsets": opsets}, Counter(node.op_type for node in model.graph.node)
+    )
 
 
-def read_tflite(path: Path) -> tuple[dict[str, Any], Counter[str]]:
+def read_tflite(path: Path) -> dict[str, Any]:
     require("ai_edge_litert", extra="tflite", purpose="to inspect TFLite files")
     from ai_edge_litert.tools import flatbuffer_utils
 
@@ -52,41 +75,77 @@ def read_tflite(path: Path) -> tuple[dict[str, Any], Counter[str]]:
     names = [flatbuffer_utils.opcode_to_name(model, index) for index in range(len(model.operatorCodes))]
     operators = Counter(names[op.opcodeIndex] for graph in model.subgraphs for op in graph.operators)
     details = {"schema_version": model.version, "flex_operators": sum(n.startswith("Flex") for n in operators)}
-    return details, operators
+    return _contents(details, operators)
 
 
-def read_coreml(path: Path) -> tuple[dict[str, Any], Counter[str]]:
-    ct = require("coremltools", extra="coreml", purpose="to inspect Core ML packages")
-    spec = ct.utils.load_spec(str(path))
-    blocks = [
-        block for function in spec.mlProgram.functions.values() for block in function.block_specializations.values()
-    ]
-    operators = Counter(op.type for block in blocks for op in block.operations if op.type != "const")
+def read_coreml(path: Path) -> dict[str, Any]:
+    require("coremltools", extra="coreml", purpose="to inspect Core ML packages")
+    require("torch", extra="coreml", purpose="to inspect Core ML packages")
+    from mvit_export.mil.lint import lint
+    from mvit_export.mil.listing import list_operations
+    from mvit_export.mil.package import read_package
+
+    package = read_package(path)
+    operations, spec = list_operations(package), package.spec
     details = {"specification_version": spec.specificationVersion, "functions": sorted(spec.mlProgram.functions)}
-    return details, operators
+    return _contents(details, Counter(op.type for op in operations)) | {"lint": lint(operations).to_json()}
 
 
-READERS: Mapping[str, Callable[[Path], tuple[dict[str, Any], Counter[str]]]] = {
+READERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     "coreml": read_coreml,
     "onnx": read_onnx,
     "tflite": read_tflite,
 }
 
 
-def describe(report: Mapping[str, Any]) -> Iterator[str]:
-    """The record in lines for people."""
-    model = report["model"]
-    trained = {True: "trained", False: "UNTRAINED", None: "weights from the model's factory"}[report["trained"]]
+def describe(report: Mapping[str, Any], *, verbose: bool = False) -> Iterator[str]:
+    """The record in lines for people; `verbose` lists every op of a lint."""
     yield f"{report['path']}"
-    yield f"  model       {model['name']}, {model['params']:,} parameters, {model['macs'] / 1e6:.1f}M MACs, {trained}"
+    if "model" in report:
+        yield describe_model(report["model"], report["trained"])
     details = ", ".join(f"{key} {value}" for key, value in report["details"].items())
-    yield f"  file        {report['format']} {report['precision']}, {report['bytes'] / 1e6:.2f} MB, {details}"
-    for kind in ("inputs", "outputs"):
-        for spec in report[kind]:
-            shape = "x".join("any" if side is None else str(side) for side in spec["shape"])
-            yield f"  {kind[:-1]:<11} {spec['name']}  {shape}  {spec['dtype']}  {spec['layout']}".rstrip()
-    if report["preprocessing"]:
-        p = report["preprocessing"]
-        yield f"  pixels      {p['channel_order']}, (x / 255 - {p['mean']}) / {p['std']}, from: {p['source']}"
+    kind = " ".join(report[key] for key in ("format", "precision") if key in report)
+    yield f"  file        {kind}, {report['bytes'] / 1e6:.2f} MB, {details}"
+    yield from describe_interface(report)
     counts = ", ".join(f"{count} {name}" for name, count in report["operators"].items())
     yield f"  operators   {report['operator_count']}: {counts}"
+    if "lint" in report:
+        yield from describe_lint(report["lint"], verbose=verbose)
+
+
+def describe_model(model: Mapping[str, Any], trained: bool | None) -> str:
+    weights = {True: "trained", False: "UNTRAINED", None: "weights from the model's factory"}[trained]
+    return f"  model       {model['name']}, {model['params']:,} parameters, {model['macs'] / 1e6:.1f}M MACs, {weights}"
+
+
+def describe_interface(report: Mapping[str, Any]) -> Iterator[str]:
+    """Inputs, outputs and preprocessing, which a package without manifest does not tell."""
+    for kind in ("inputs", "outputs"):
+        for spec in report.get(kind, ()):
+            shape = "x".join("any" if side is None else str(side) for side in spec["shape"])
+            yield f"  {kind[:-1]:<11} {spec['name']}  {shape}  {spec['dtype']}  {spec['layout']}".rstrip()
+    if p := report.get("preprocessing"):
+        yield f"  pixels      {p['channel_order']}, (x / 255 - {p['mean']}) / {p['std']}, from: {p['source']}"
+
+
+def describe_lint(lint: Mapping[str, Any], *, verbose: bool) -> Iterator[str]:
+    """The eligible share, broken rules with an example each, worst first, and with `verbose` every op."""
+    share, macs = lint["eligible_mac_share"], lint["macs"]
+    known = "unknown, sizes are flexible" if macs is None else "no MACs"
+    amount = f"{100 * share:.1f} % of {macs / 1e6:.1f}M MACs" if share is not None else known
+    yield f"  eligible    {amount} (Neural Engine lint; device, system and size decide)"
+    for rule in lint["rules"]:
+        example = max((op for op in lint["ops"] if rule["id"] in op["broken"]), key=lambda op: op["macs"] or 0)
+        ops = f"{rule['count']} op{'s' if rule['count'] > 1 else ''}"
+        reason = f"{rule['text']} [{rule['source']}]"
+        yield f"  {rule['severity']:<11} {rule['id']}, {ops}, e.g. {name_op(example)}: {reason}"
+    for op in lint["ops"] if verbose else ():
+        count = "MACs unknown" if op["macs"] is None else f"{op['macs']:,} MACs"
+        verdict = "eligible" if op["eligible"] else "not eligible"
+        yield f"  op          {name_op(op)}, {count}, {verdict}" + (
+            f": {', '.join(op['broken'])}" if op["broken"] else ""
+        )
+
+
+def name_op(op: Mapping[str, Any]) -> str:
+    return f"{op['type']} {op['op']}" + (f" ({op['module']})" if op["module"] else "")
