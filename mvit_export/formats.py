@@ -19,10 +19,14 @@ class Format:
     precisions: tuple[str, ...]
     options: tuple[str, ...] = ()  # export options that only some formats take
     max_rank: int | None = None  # tensors of a higher rank cannot be expressed
+    max_sizes: int = 1  # image sizes that one file can declare
 
 
 FORMATS = {
-    "coreml": Format("coreml", "Core ML", ".mlpackage", ("fp16", "fp32"), ("deployment_target",), max_rank=5),
+    # Apple's guide on flexible inputs allows up to 128 enumerated shapes.
+    "coreml": Format(
+        "coreml", "Core ML", ".mlpackage", ("fp16", "fp32"), ("deployment_target",), max_rank=5, max_sizes=128
+    ),
     "onnx": Format("onnx", "ONNX", ".onnx", ("fp32", "fp16"), ("opset", "dynamic_batch")),
     "tflite": Format("tflite", "TFLite", ".tflite", ("fp32", "fp16")),
 }
@@ -115,6 +119,16 @@ def check_format_options(formats: Sequence[Format], given: Mapping[str, object])
             flag = "--" + option.replace("_", "-")
             chosen = ", ".join(f.name for f in formats)
             raise UsageError(f"{flag} does not apply to {chosen}; only {', '.join(takers)} takes it")
+
+
+def check_size_count(targets: Iterable[Target], count: int) -> None:
+    """Refuse more image sizes than one of the formats can hold in a file, naming the formats that can."""
+    for fmt in dict.fromkeys(FORMATS[target.format] for target in targets):
+        if count > fmt.max_sizes:
+            most = "one" if fmt.max_sizes == 1 else f"at most {fmt.max_sizes} times"
+            takers = [f.name for f in FORMATS.values() if f.max_sizes >= count]
+            hint = f"; {', '.join(takers)} takes several" if takers else ""
+            raise UsageError(f"{fmt.title} takes {most} --image-size, {count} given{hint}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

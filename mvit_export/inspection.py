@@ -34,7 +34,13 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype, "layout": spec.layout}
+    return {
+        "name": spec.name,
+        "shape": list(spec.shape),
+        "enumerated": [list(shape) for shape in spec.enumerated],
+        "dtype": spec.dtype,
+        "layout": spec.layout,
+    }
 
 
 def read_onnx(path: Path) -> tuple[dict[str, Any], Counter[str]]:
@@ -83,8 +89,9 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"  file        {report['format']} {report['precision']}, {report['bytes'] / 1e6:.2f} MB, {details}"
     for kind in ("inputs", "outputs"):
         for spec in report[kind]:
-            shape = "x".join("any" if side is None else str(side) for side in spec["shape"])
-            yield f"  {kind[:-1]:<11} {spec['name']}  {shape}  {spec['dtype']}  {spec['layout']}".rstrip()
+            shapes = spec["enumerated"] or [spec["shape"]]
+            text = " or ".join("x".join("any" if side is None else str(side) for side in shape) for shape in shapes)
+            yield f"  {kind[:-1]:<11} {spec['name']}  {text}  {spec['dtype']}  {spec['layout']}".rstrip()
     if report["preprocessing"]:
         p = report["preprocessing"]
         yield f"  pixels      {p['channel_order']}, (x / 255 - {p['mean']}) / {p['std']}, from: {p['source']}"
