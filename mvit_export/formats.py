@@ -125,10 +125,10 @@ def check_size_count(targets: Iterable[Target], count: int) -> None:
     """Refuse more image sizes than one of the formats can hold in a file, naming the formats that can."""
     for fmt in dict.fromkeys(FORMATS[target.format] for target in targets):
         if count > fmt.max_sizes:
-            most = "one" if fmt.max_sizes == 1 else f"at most {fmt.max_sizes} times"
+            most = "one --image-size" if fmt.max_sizes == 1 else f"at most {fmt.max_sizes} image sizes"
             takers = [f.name for f in FORMATS.values() if f.max_sizes >= count]
             hint = f"; {', '.join(takers)} takes several" if takers else ""
-            raise UsageError(f"{fmt.title} takes {most} --image-size, {count} given{hint}")
+            raise UsageError(f"{fmt.title} takes {most}, {count} given{hint}")
 
 
 def parse_size(text: str) -> tuple[int, int]:
