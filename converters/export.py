@@ -28,11 +28,11 @@ from mvit_export.artifact import (
     save_golden,
     write_json,
 )
-from mvit_export.cases import GOLDEN_CASES, make_cases
+from mvit_export.cases import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, make_cases
 from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.errors import ConversionError, MvitExportError, UsageError
-from mvit_export.formats import FORMATS, Target, check_installed, plan_targets
+from mvit_export.formats import FORMATS, Target, check_installed, check_size_count, plan_targets
 from mvit_export.models.load import LoadedModel
 from mvit_export.runtimes import open_torch
 from mvit_export.staging import check_free, staged_directory
@@ -102,6 +102,7 @@ def export(
 def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
     """Refuse what this model cannot be in one of the formats."""
     labels = model.info.labels or ()
+    check_size_count(targets, len(model.input_shapes))
     for target in targets:
         if target.input == "image" and model.preprocessing is None:
             raise UsageError("--input image needs a model that takes 3-channel images (B, 3, H, W); use --input tensor")
@@ -111,8 +112,6 @@ def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
         if target.format == "coreml" and len(set(labels)) != len(labels):
             twice = next(label for i, label in enumerate(labels) if label in labels[:i])
             raise UsageError(f"label {twice!r} stands twice, which a Core ML classifier cannot tell apart; rename one")
-        if len(model.input_shapes) > 1:
-            raise UsageError(f"{FORMATS[target.format].title} takes one --image-size, {len(model.input_shapes)} given")
 
 
 def write_artifact(model: LoadedModel, folded: nn.Module, target: Target, place: Path, *, overwrite: bool) -> Artifact:
@@ -132,23 +131,12 @@ def write_artifact(model: LoadedModel, folded: nn.Module, target: Target, place:
 
 def draft_manifest(model: LoadedModel, target: Target, tools: dict[str, str]) -> Manifest:
     """Everything but the files, which do not exist yet."""
-    shape = model.input_shapes[0]
-    batch = None if target.dynamic_batch else shape[0]
-    if target.input == "image":
-        image = TensorSpec(INPUT_NAME, (batch, *shape[2:], shape[1]), "uint8", "NHWC")
-    else:
-        image = TensorSpec(INPUT_NAME, (batch, *shape[1:]), "float32", "NCHW" if len(shape) == 4 else "")
-    reference = open_torch(model.module).run(np.zeros(shape, np.float32))
-    outputs = tuple(
-        TensorSpec(name, (batch, *array.shape[1:]), "float32", "NC" if array.ndim == 2 else "")
-        for name, array in reference.items()
-    )
     return Manifest(
         model=model.info,
         weights=model.weights,
         preprocessing=model.preprocessing,
-        inputs=(image,),
-        outputs=outputs,
+        inputs=(input_spec(model, target),),
+        outputs=output_specs(model, target),
         format=target.format,
         precision=target.precision,
         target=target,
@@ -159,10 +147,36 @@ def draft_manifest(model: LoadedModel, target: Target, tools: dict[str, str]) ->
     )
 
 
+def input_spec(model: LoadedModel, target: Target) -> TensorSpec:
+    """`image`, with every shape where there are several; the first one leads."""
+    shapes = model.input_shapes
+    if target.input == "image":
+        shapes = tuple((shape[0], *shape[2:], shape[1]) for shape in shapes)
+        return tensor_spec(INPUT_NAME, shapes, target, "uint8", "NHWC")
+    return tensor_spec(INPUT_NAME, shapes, target, "float32", "NCHW" if len(shapes[0]) == 4 else "")
+
+
+def output_specs(model: LoadedModel, target: Target) -> tuple[TensorSpec, ...]:
+    """The outputs as the model itself gives them for each input shape."""
+    reference = open_torch(model.module)
+    runs = [reference.run(np.zeros(shape, np.float32)) for shape in model.input_shapes]
+    return tuple(
+        tensor_spec(name, tuple(run[name].shape for run in runs), target, "float32", "NC" if array.ndim == 2 else "")
+        for name, array in runs[0].items()
+    )
+
+
+def tensor_spec(name: str, shapes: Sequence[tuple[int, ...]], target: Target, dtype: str, layout: str) -> TensorSpec:
+    distinct = tuple(dict.fromkeys(shapes))
+    batch = None if target.dynamic_batch else distinct[0][0]
+    return TensorSpec(name, (batch, *distinct[0][1:]), dtype, layout, distinct if len(distinct) > 1 else ())
+
+
 def golden_vectors(model: LoadedModel, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
     """A few of the parity inputs with the fp32 reference outputs."""
     reference = open_torch(model.module)
-    cases = [case for case in make_cases(manifest) if case.name.split("@")[0] in GOLDEN_CASES]
+    names = GOLDEN_CASES_PER_SIZE if manifest.inputs[0].enumerated else GOLDEN_CASES
+    cases = [case for case in make_cases(manifest) if case.name.split("@")[0] in names]
     cases = cases or make_cases(manifest)[:1]  # a batched input has other names
     return {case.name: {INPUT_NAME: case.artifact_input, **reference.run(case.model_input)} for case in cases}
 

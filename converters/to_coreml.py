@@ -2,12 +2,15 @@
 
 fp16 is compute precision; inputs and outputs are float32 in both precisions, so that one app code serves both. With
 `--input image` the input is an ImageType with the checkpoint's channel order and scale; with labels the model is a
-classifier that gives `classLabel` and `classLabel_probs` next to `logits`.
+classifier that gives `classLabel` and `probabilities` next to `logits`. Several input shapes become one package with
+enumerated shapes, which takes each of them and no other.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mvit_export.converters.capture import INPUT_NAME, JIT_TRACE, TORCH_EXPORT, Conversion, Exportable
+from mvit_export.converters.flexible import make_flexible
 from mvit_export.errors import require
 from mvit_export.mil.modules import module_names, number_nodes, store_module_names
 from mvit_export.preprocessing import Preprocessing
@@ -27,25 +31,41 @@ def convert(conversion: Conversion, path: Path) -> str:
     """Write the package `path` and tell how the model was captured.
 
     torch.export is tried first. Some models convert from a trace only (Swin with coremltools 9: "Unsupported fx node
-    alias"), which follows one run's branches and is exact for the declared shape all the same.
+    alias"), which follows one run's branches and is exact for the declared shape all the same. Several shapes are
+    traced, after the branches of MobileViT itself were taken out.
     """
     ct = require("coremltools", extra="coreml", purpose="to write Core ML packages")
+    shapes = conversion.model.input_shapes
+    if len(shapes) > 1:
+        conversion = replace(conversion, module=make_flexible(conversion.module, shapes))
     module = CoreMLForm(conversion).eval()
-    example = torch.rand(conversion.model.input_shapes[0], generator=torch.Generator().manual_seed(0))
+    example = torch.rand(shapes[0], generator=torch.Generator().manual_seed(0))
     options = conversion_options(ct, conversion, module)
     with torch.no_grad():
-        try:
-            program = torch.export.export(module, (example,)).run_decompositions({})
-            handles = number_nodes(program)
-            mlmodel, capture = ct.convert(program, **options), TORCH_EXPORT
-            modules = module_names(mlmodel, handles=handles)
-        except Exception:  # the converter's errors have no common type; if the trace fails too, its error is raised
-            mlmodel, capture = ct.convert(torch.jit.trace(module, example), **options), JIT_TRACE
-            modules = module_names(mlmodel, model=module)
+        mlmodel, modules, capture = (convert_trace if len(shapes) > 1 else convert_any)(ct, module, example, options)
     store_module_names(mlmodel, {op: f"{path}.".removeprefix(WRAPPER).rstrip(".") for op, path in modules.items()})
     describe(mlmodel, conversion)
     mlmodel.save(str(path))
     return capture
+
+
+Converted = tuple[Any, dict[str, str], str]  # the MLModel, its module names, how it was captured
+
+
+def convert_any(ct: Any, module: nn.Module, example: Tensor, options: dict[str, Any]) -> Converted:
+    """By torch.export, else by a trace; if that fails too, its error is raised."""
+    try:
+        program = torch.export.export(module, (example,)).run_decompositions({})
+        handles = number_nodes(program)
+        mlmodel = ct.convert(program, **options)
+        return mlmodel, module_names(mlmodel, handles=handles), TORCH_EXPORT
+    except Exception:  # the converter's errors have no common type
+        return convert_trace(ct, module, example, options)
+
+
+def convert_trace(ct: Any, module: nn.Module, example: Tensor, options: dict[str, Any]) -> Converted:
+    mlmodel = ct.convert(torch.jit.trace(module, example), **options)
+    return mlmodel, module_names(mlmodel, model=module), JIT_TRACE
 
 
 class CoreMLForm(nn.Module):
@@ -121,8 +141,9 @@ def classifier_pipeline(ct: Any) -> Any:
 
 
 def input_type(ct: Any, conversion: Conversion) -> Any:
-    """A float32 tensor, or an image with the checkpoint's channel order and the scale 1/255."""
-    shape = conversion.model.input_shapes[0]
+    """A float32 tensor, or an image with the checkpoint's channel order and the scale 1/255; the first shape leads."""
+    shapes = conversion.model.input_shapes
+    shape = ct.EnumeratedShapes(shapes=shapes, default=shapes[0]) if len(shapes) > 1 else shapes[0]
     if conversion.target.input == "tensor":
         return ct.TensorType(name=INPUT_NAME, shape=shape, dtype=np.float32)
     preprocessing = conversion.model.preprocessing
@@ -142,3 +163,30 @@ def describe(mlmodel: Any, conversion: Conversion) -> None:
     if conversion.labels:
         mlmodel.user_defined_metadata["labels"] = json.dumps(conversion.labels, ensure_ascii=False)
         mlmodel.user_defined_metadata["com.apple.coreml.model.preview.type"] = "imageClassifier"
+    mlmodel.input_description[INPUT_NAME] = describe_input(conversion)
+    for name, text in describe_outputs(conversion):
+        mlmodel.output_description[name] = text
+
+
+def describe_input(conversion: Conversion) -> str:
+    """E.g. "RGB image, 256x256" or "BGR image as (x / 255 - mean) / std, NCHW 1x3x160x160 or 1x3x192x192"."""
+    shapes, preprocessing = conversion.model.input_shapes, conversion.model.preprocessing
+    whole = " or ".join("x".join(map(str, shape)) for shape in shapes)
+    if preprocessing is None:
+        return f"float32, {whole}"
+    if conversion.target.input == "image":
+        sizes = " or ".join("x".join(map(str, shape[2:])) for shape in shapes)
+        return f"{preprocessing.channel_order} image, {sizes}"
+    plain = set(preprocessing.mean) == {0.0} and set(preprocessing.std) == {1.0}
+    values = "x / 255" if plain else f"(x / 255 - {list(preprocessing.mean)}) / {list(preprocessing.std)}"
+    return f"{preprocessing.channel_order} image as {values}, NCHW {whole}"
+
+
+def describe_outputs(conversion: Conversion) -> Iterator[tuple[str, str]]:
+    """(name, text) of every output."""
+    for name in conversion.model.output_names:
+        scores = conversion.model.info.task == "image-classification"
+        yield name, "class scores before softmax" if scores else f"{name} of {conversion.model.info.name}"
+    if conversion.labels:
+        yield "classLabel", "label of the most probable class"
+        yield "probabilities", "probability of each label, the softmax of the class scores"

@@ -17,6 +17,7 @@ from mvit_export.preprocessing import Preprocessing, Size, to_picture, to_tensor
 NOISE_SEEDS = (0, 1, 2)
 PHOTOS = ("chelsea", "coffee")
 GOLDEN_CASES = ("noise-0", "photo-chelsea", "photo-coffee", "gradient")
+GOLDEN_CASES_PER_SIZE = ("noise-0", "photo-chelsea")  # where a file takes several sizes
 DYNAMIC_BATCHES = (1, 3)
 
 
@@ -35,7 +36,7 @@ def make_cases(manifest: Manifest) -> list[Case]:
     shapes = spec.enumerated or (spec.shape,)
     cases = []
     for shape in shapes:
-        suffix = "@" + "x".join(str(side) for side in shape[1:]) if len(shapes) > 1 else ""
+        suffix = "@{}x{}".format(*image_size(shape, spec)) if len(shapes) > 1 else ""
         cases += _cases_of_shape(shape, spec, manifest.preprocessing, suffix)
     return cases
 
@@ -46,10 +47,7 @@ def _cases_of_shape(
     if preprocessing is None:
         singles = tensors(tuple(side or 1 for side in shape[1:]))
     else:
-        size = (shape[1], shape[2]) if spec.layout == "NHWC" else (shape[2], shape[3])
-        assert size[0] is not None
-        assert size[1] is not None
-        singles = pictures(preprocessing.with_size((size[0], size[1])))
+        singles = pictures(preprocessing.with_size(image_size(shape, spec)))
     batches = DYNAMIC_BATCHES if shape[0] is None else (shape[0],)
     cases = []
     for batch in batches:
@@ -58,6 +56,14 @@ def _cases_of_shape(
             artifact_input = array if spec.layout == "NHWC" else model_input
             cases.append(Case(name + suffix, artifact_input, model_input))
     return cases
+
+
+def image_size(shape: tuple[int | None, ...], spec: TensorSpec) -> Size:
+    """Height and width of an image input of `shape`, laid out as `spec` says."""
+    height, width = shape[1:3] if spec.layout == "NHWC" else shape[2:4]
+    assert height is not None
+    assert width is not None
+    return height, width
 
 
 def batched(singles: dict[str, np.ndarray], batch: int, *, first_only: bool = False) -> dict[str, np.ndarray]:

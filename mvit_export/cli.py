@@ -85,7 +85,9 @@ def export(
     weights: Annotated[str | None, typer.Option(help="Checkpoint: FILE, folder, hf:ID or timm:ID.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Use the official weights.")] = False,
     num_classes: Annotated[int | None, typer.Option(help="Classes of an untrained MobileViT (1000).")] = None,
-    image_size: Annotated[list[str] | None, typer.Option(help="Input size, N or HxW in pixels (256).")] = None,
+    image_size: Annotated[
+        list[str] | None, typer.Option(help="Input size, N or HxW in pixels (256); Core ML takes several.")
+    ] = None,
     input_shape: Annotated[str | None, typer.Option(help="Whole input shape for --model, e.g. 1,3,224,224.")] = None,
     patch_config: Annotated[str | None, typer.Option(help="MobileViT patches: A (2,2,2) or B (8,4,2). (A)")] = None,
     precision: Annotated[
@@ -107,7 +109,7 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Export a model and check every file (the default)."""
-    from mvit_export.formats import check_installed, parse_shape, plan_targets
+    from mvit_export.formats import check_installed, check_size_count, parse_shape, parse_size, plan_targets
 
     conversion = {
         "to": to, "precision": precision, "input": input, "opset": opset, "dynamic_batch": dynamic_batch,
@@ -116,6 +118,7 @@ def export(
     with session(as_json, quiet, verbose) as terminal:
         targets = plan_targets(**conversion)  # type: ignore[arg-type]  # before torch is even loaded
         check_installed(targets)
+        check_size_count(targets, len({parse_size(size) for size in image_size or ()}))
         import mvit_export
 
         with terminal.progress("loading the model") as step:

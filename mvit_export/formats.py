@@ -20,6 +20,7 @@ class Format:
     precisions: tuple[str, ...]
     packages: Mapping[str, str]  # distribution: module; what writing this format takes, and the extra's contents
     options: tuple[str, ...] = ()  # export options that only some formats take
+    max_sizes: int = 1  # image sizes that one file can declare
 
 
 # fmt: off
@@ -27,6 +28,7 @@ FORMATS = {
     "coreml": Format(
         "coreml", "Core ML", ".mlpackage", ("fp16", "fp32"),
         {"torch": "torch", "coremltools": "coremltools"}, ("deployment_target",),
+        max_sizes=128,  # Apple's guide on flexible inputs
     ),
     "onnx": Format(
         "onnx", "ONNX", ".onnx", ("fp32", "fp16"),
@@ -139,6 +141,16 @@ def check_format_options(formats: Sequence[Format], given: Mapping[str, object])
             flag = "--" + option.replace("_", "-")
             chosen = ", ".join(f.name for f in formats)
             raise UsageError(f"{flag} does not apply to {chosen}; only {', '.join(takers)} takes it")
+
+
+def check_size_count(targets: Iterable[Target], count: int) -> None:
+    """Refuse more image sizes than one of the formats can hold in a file, naming the formats that can."""
+    for fmt in dict.fromkeys(FORMATS[target.format] for target in targets):
+        if count > fmt.max_sizes:
+            most = "one --image-size" if fmt.max_sizes == 1 else f"at most {fmt.max_sizes} image sizes"
+            takers = [f.name for f in FORMATS.values() if f.max_sizes >= count]
+            hint = f"; {', '.join(takers)} takes several" if takers else ""
+            raise UsageError(f"{fmt.title} takes {most}, {count} given{hint}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -50,7 +50,13 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype, "layout": spec.layout}
+    return {
+        "name": spec.name,
+        "shape": list(spec.shape),
+        "enumerated": [list(shape) for shape in spec.enumerated],
+        "dtype": spec.dtype,
+        "layout": spec.layout,
+    }
 
 
 def _contents(details: dict[str, Any], operators: Counter[str]) -> dict[str, Any]:
@@ -122,8 +128,9 @@ def describe_interface(report: Mapping[str, Any]) -> Iterator[str]:
     """Inputs, outputs and preprocessing, which a package without manifest does not tell."""
     for kind in ("inputs", "outputs"):
         for spec in report.get(kind, ()):
-            shape = "x".join("any" if side is None else str(side) for side in spec["shape"])
-            yield f"  {kind[:-1]:<11} {spec['name']}  {shape}  {spec['dtype']}  {spec['layout']}".rstrip()
+            shapes = spec["enumerated"] or [spec["shape"]]
+            text = " or ".join("x".join("any" if side is None else str(side) for side in shape) for shape in shapes)
+            yield f"  {kind[:-1]:<11} {spec['name']}  {text}  {spec['dtype']}  {spec['layout']}".rstrip()
     if p := report.get("preprocessing"):
         yield f"  pixels      {p['channel_order']}, (x / 255 - {p['mean']}) / {p['std']}, from: {p['source']}"
 

@@ -163,7 +163,10 @@ def open_mil(artifact: Artifact) -> Session:
     (input_name,) = program.inputs
 
     def run(array: np.ndarray) -> Arrays:
-        outputs = program.run({input_name: array})
+        try:
+            outputs = program.run({input_name: array})
+        except mil.ExecutionError as error:  # the file's fault, not the user's: a failed check
+            raise RuntimeError(str(error)) from error
         return {name: outputs[name] for name in artifact.manifest.output_names if name in outputs}
 
     def overflow(array: np.ndarray) -> Overflow | None:

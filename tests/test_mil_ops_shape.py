@@ -158,6 +158,8 @@ def test_gather(target: ct.target, axis: int) -> None:
     check(lambda x, i: mb.gather(x=x, indices=i, axis=axis), {"x": X, "i": indices}, X.take(indices, axis), target)
     scalar = X.take(1, axis)
     check(lambda x: mb.gather(x=x, indices=np.int32(1), axis=axis), {"x": X}, scalar, target)
+    row = X[0, 0, 0]
+    check(lambda x: mb.add(x=mb.gather(x=x, indices=np.int32(2)), y=x), {"x": row}, row + row[2], target)
 
 
 def test_gather_negative_indices_only_before_ios17() -> None:

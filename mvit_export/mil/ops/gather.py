@@ -34,11 +34,11 @@ def gather(
     indices = wrap(indices, x.shape[axis], ios)
     if batch_dims == 0:
         picked = x.index_select(axis, indices.reshape(-1))
-        return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+        return picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
     batch = math.prod(x.shape[:batch_dims])
     rows = zip(x.reshape(batch, *x.shape[batch_dims:]), indices.reshape(batch, -1), strict=True)
     picked = torch.stack([row.index_select(axis - batch_dims, index) for row, index in rows])
-    return picked.reshape(*x.shape[:axis], *indices.shape[batch_dims:], *x.shape[axis + 1 :])
+    return picked.reshape((*x.shape[:axis], *indices.shape[batch_dims:], *x.shape[axis + 1 :]))
 
 
 def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False, *, ios: int) -> Tensor:
@@ -54,7 +54,7 @@ def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices:
             x.reshape(batch, *x.shape[batch_dims:]), indices.reshape(batch, *indices.shape[batch_dims:]), strict=True
         )
         picked = torch.stack([gather_nd(row, index, ios=ios) for row, index in rows])
-        return picked.reshape(*x.shape[:batch_dims], *picked.shape[1:])
+        return picked.reshape((*x.shape[:batch_dims], *picked.shape[1:]))
     return x[places(x, indices, ios)]
 
 
