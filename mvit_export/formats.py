@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mvit_export.errors import MissingDependencyError, UsageError
 
@@ -18,7 +18,7 @@ class Format:
     title: str
     suffix: str
     precisions: tuple[str, ...]
-    packages: Mapping[str, str]  # distribution: module; what writing this format takes, and the extra's contents
+    packages: Mapping[str, str] = field(hash=False)  # distribution: module; what writing takes, the extra's contents
     options: tuple[str, ...] = ()  # export options that only some formats take
     max_sizes: int = 1  # image sizes that one file can declare
 
