@@ -357,3 +357,15 @@ def test_example_script(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "onnx-fp32 pass" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "capture"), [("mobilenetv3_small_050", "torch.export"), ("swinv2_tiny_window8_256", "torch.jit.trace")]
+)
+def test_timm_families_in_core_ml(name: str, capture: str, tmp_path: Path) -> None:
+    """Swin converts from a trace only, and the manifest says so. The other families are in test_mil_models.py."""
+    import_timm()
+    (result,) = export(load_model(model=f"timm:{name}"), to="coreml", precision="fp32", out=tmp_path)
+    check(result, "fp32")
+    assert result.artifact.manifest.capture == capture
