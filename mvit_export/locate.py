@@ -22,6 +22,8 @@ from mvit_export.intermediates import Intermediate, read_intermediates
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+FADING = 10  # how much better than a layer its successors must match to show that it is right
+
 
 @dataclass(frozen=True)
 class Located:
@@ -29,7 +31,8 @@ class Located:
 
     Errors are the largest absolute difference over the largest absolute reference value; None stands for NaN or Inf.
     `error_before` is that of the last layer that matches. `module` is "" for what the network computes outside of its
-    modules. A layer that the file has no op of is seen at an op of a later one, `seen_in`.
+    modules. A layer that the file has no op of is seen at an op of a later one, `seen_in`; of a layer that the file
+    makes one with the next, `fused_with`, either may be at fault.
     """
 
     module: str
@@ -39,11 +42,14 @@ class Located:
     error_after: float | None
     diverges: bool
     seen_in: str | None = None
+    fused_with: str | None = None
     case: str = ""
 
     def __str__(self) -> str:
         """One line for people."""
         name = self.module or "the network's own forward"
+        if self.fused_with is not None:
+            name += f", fused with {self.fused_with}"
         op = f"op {self.op}, {self.op_type}"
         if self.seen_in is not None:
             op = f"no op of its own; seen at {self.op}, {self.op_type}, of {self.seen_in or 'the network'}"
@@ -79,7 +85,7 @@ class Recorder:
 
         def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.chains.setdefault(path, tuple(entry[0] for entry in self.active[1:]))
-            _, given = self.active.pop()
+            given = self.active.pop()[1]
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not given or not path:
                     self.note(path, leaf, tensor)
@@ -135,6 +141,7 @@ class Check:
     """The tensor of the file that is nearest to one output of the reference."""
 
     call: Call
+    paths: tuple[str, ...]  # of the modules whose tensors were looked at
     found: Intermediate
     error: float  # inf for NaN or Inf
 
@@ -156,10 +163,10 @@ def comparable(calls: Sequence[Call]) -> Iterator[tuple[Call, tuple[str, ...]]]:
         yield call, (call.module,) if layer is None else (call.module, layer)
 
 
-def nearest(call: Call, paths: Sequence[str], intermediates: Sequence[Intermediate]) -> Check | None:
+def nearest(call: Call, paths: tuple[str, ...], intermediates: Sequence[Intermediate]) -> Check | None:
     """The best of the file's tensors of these modules; None if there is none of this size."""
     checks = [
-        Check(call, item, distance(call.output, item.tensor))
+        Check(call, paths, item, distance(call.output, item.tensor))
         for item in intermediates
         if item.tensor.size == call.output.size and any(belongs(item, path) for path in paths)
     ]
@@ -187,42 +194,64 @@ def layouts(array: np.ndarray) -> Iterator[np.ndarray]:
         yield np.moveaxis(array, -1, 1)
 
 
-def first_divergence(calls: Sequence[Call], intermediates: Sequence[Intermediate], max_rel: float) -> Located | None:
-    """The verdict on one run; None if nothing could be compared.
-
-    A layer that differs although a layer computed from it matches is no fault: a converter moved a scale or a shift
-    from one op to another.
-    """
+def first_divergence(
+    calls: Sequence[Call], intermediates: Sequence[Intermediate], max_rel: float, *, passed: bool = False
+) -> Located | None:
+    """The verdict on one run; None if nothing could be compared. No layer of a file that has passed is at fault."""
     outcomes = [(call, nearest(call, paths, intermediates)) for call, paths in comparable(calls)]
     checks = [check for _, check in outcomes if check]
-    right = ancestors(check.call.node for check in checks if check.error <= max_rel)
-    first = next((c for c in checks if c.error > max_rel and c.call.node not in right), None)
-    if first is None:
-        trusted = [check for check in checks if check.error <= max_rel]
-        return located(max(trusted, key=lambda check: check.error)) if trusted else None
+    right = [check for check in checks if check.error <= max_rel]
+    wrong = [check for check in checks if check.error > max_rel and not is_excused(check, right)]
+    if wrong and not passed:
+        return describe_fault(wrong, outcomes, right, intermediates)
+    return describe(max(right, key=lambda check: check.error)) if right else None
+
+
+def is_excused(wrong: Check, right: Sequence[Check]) -> bool:
+    """Whether a layer computed from this one matches: then a converter only moved a scale or a shift between ops.
+
+    It must match far better than this one, for a real fault fades too, where a large residual is added to it.
+    """
+    return wrong.call.node in ancestors(c.call.node for c in right if c.error * FADING <= wrong.error)
+
+
+def describe_fault(
+    wrong: Sequence[Check],
+    outcomes: Sequence[tuple[Call, Check | None]],
+    right: Sequence[Check],
+    intermediates: Sequence[Intermediate],
+) -> Located:
+    """The first wrong layer, or one just before it that the file has no tensor of."""
+    first, after = wrong[0], next((check for check in wrong[1:] if check.call.leaf), None)
     passed = outcomes[: [call for call, _ in outcomes].index(first.call)]
-    last = max((i for i, (_, check) in enumerate(passed) if check and check.error <= max_rel), default=-1)
-    before = passed[last][1] if last >= 0 else None
+    matched = [(i, check.error) for i, (_, check) in enumerate(passed) if check and check in right]
+    last, before = matched[-1] if matched else (-1, 0.0)
+    found = replace(describe(first), diverges=True, error_before=before)
     sources = ancestors([first.call.node])
     hidden = [call for call, check in passed[last + 1 :] if check is None and call.leaf and call.node in sources]
-    return located(first, before=before.error if before else 0.0, hidden=hidden[0].module if hidden else None)
+    if hidden:
+        return replace(found, module=hidden[0].module, seen_in=found.module)
+    if after and are_fused(first, after, intermediates):
+        found = replace(describe(after), diverges=True, error_before=before, fused_with=after.call.module)
+        return replace(found, module=first.call.module)
+    return found
 
 
-def located(check: Check, *, before: float | None = None, hidden: str | None = None) -> Located:
-    """The record of one check; without `before` nothing diverges."""
-    module = check.call.module
-    return Located(
-        module=module if hidden is None else hidden,
-        op=check.found.op,
-        op_type=check.found.op_type,
-        error_before=before,
-        error_after=check.error if math.isfinite(check.error) else None,
-        diverges=before is not None,
-        seen_in=None if hidden is None else module,
-    )
+def are_fused(first: Check, second: Check, intermediates: Sequence[Intermediate]) -> bool:
+    """Whether an op of the file belongs to both layers, so that the output of the first is nowhere."""
+    both = [set(check.paths) for check in (first, second)]
+    return both[0].isdisjoint(both[1]) and any(all(paths & {*item.modules} for paths in both) for item in intermediates)
 
 
-def locate(artifact: Artifact, *, case: str, max_rel: float, weights: str | Path | None = None) -> Located | None:
+def describe(check: Check) -> Located:
+    """The record of a layer, as one that does not diverge."""
+    error = check.error if math.isfinite(check.error) else None
+    return Located(check.call.module, check.found.op, check.found.op_type, None, error, diverges=False)
+
+
+def locate(
+    artifact: Artifact, *, case: str, max_rel: float, passed: bool, weights: str | Path | None = None
+) -> Located | None:
     """Compare the file's layers with those of the rebuilt PyTorch model on one of the parity check's inputs.
 
     Layers differ beyond `max_rel`. None if the file says of no tensor what it is, and its output has another shape.
@@ -234,5 +263,5 @@ def locate(artifact: Artifact, *, case: str, max_rel: float, weights: str | Path
     (chosen,) = [item for item in make_cases(manifest) if item.name == case]
     recorder = record(rebuild_model(manifest, weights=weights).module, chosen.model_input)
     intermediates = read_intermediates(artifact, chosen.artifact_input, recorder.chains)
-    found = first_divergence(recorder.calls, intermediates, max_rel)
+    found = first_divergence(recorder.calls, intermediates, max_rel, passed=passed)
     return None if found is None else replace(found, case=case)

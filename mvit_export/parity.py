@@ -259,8 +259,9 @@ def with_location(result: ParityResult, artifact: Artifact, weights: str | Path 
     """The verdict with the first layer that differs, unless no run came to its end."""
     if result.worst_case is None:
         return result
-    limit = result.tolerance.max_rel
-    return replace(result, located=locate(artifact, case=result.worst_case, max_rel=limit, weights=weights))
+    limit, passed = result.tolerance.max_rel, result.status == PASS
+    found = locate(artifact, case=result.worst_case, max_rel=limit, passed=passed, weights=weights)
+    return replace(result, located=found)
 
 
 def _pairs(artifact: Artifact, against: str, weights: str | Path | None) -> Sequence[Pair]:
