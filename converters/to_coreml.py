@@ -2,7 +2,7 @@
 
 fp16 is compute precision; inputs and outputs are float32 in both precisions, so that one app code serves both. With
 `--input image` the input is an ImageType with the checkpoint's channel order and scale; with labels the model is a
-classifier that gives `classLabel` and `probabilities` next to `logits`. Several input shapes become one package with
+classifier that gives `classLabel` and `classLabel_probs` next to `logits`. Several input shapes become one package with
 enumerated shapes, which takes each of them and no other.
 """
 
@@ -189,4 +189,4 @@ def describe_outputs(conversion: Conversion) -> Iterator[tuple[str, str]]:
         yield name, "class scores before softmax" if scores else f"{name} of {conversion.model.info.name}"
     if conversion.labels:
         yield "classLabel", "label of the most probable class"
-        yield "probabilities", "probability of each label, the softmax of the class scores"
+        yield "classLabel_probs", "probability of each label, the softmax of the class scores"
