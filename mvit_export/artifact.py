@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mvit_export.errors import ArtifactError, UsageError
+from mvit_export.files import write_whole
 from mvit_export.formats import FORMATS, Target
 from mvit_export.preprocessing import Preprocessing
 
@@ -281,16 +282,9 @@ def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON whole or not at all: beside it, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write JSON whole or not at all."""
+    content = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, content.encode("utf-8"))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

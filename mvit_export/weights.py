@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from mvit_export import hub
 from mvit_export.checkpoints import Checkpoint, blame, find_weights, read_checkpoint
 from mvit_export.errors import UsageError, WeightsError
+from mvit_export.files import write_whole
 from mvit_export.models.mobilevit import PATCH_CONFIGS, VARIANTS, MobileViT, MobileViTConfig
 from mvit_export.preprocessing import DEFAULT_PREPROCESSING, FAMILY_PREPROCESSING, Preprocessing
 from mvit_export.weight_configs import (
@@ -211,22 +211,10 @@ def save_weights(
         "labels": None if labels is None else list(labels),
     }
     metadata = {OURS: json.dumps(data), "format": "pt"}
-    write_whole(path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}, metadata))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}, metadata))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written ({error.strerror or error}): check the folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_strict(module: nn.Module, path: str | Path) -> str:

@@ -29,6 +29,8 @@ from mvit_export.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Size
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mvit_export.models.mobilevit import MobileViT
+
 
 VARIANT_NAMES = ("xxs", "xs", "s")
 DEFAULT_SIZE = 256
@@ -172,42 +174,44 @@ def _load_mobilevit(
     patch_config: str | None,
     seed: int,
 ) -> LoadedModel:
-    from mvit_export.models.mobilevit import MobileViT, create_mobilevit
-
     variant = choose(variant, VARIANT_NAMES, what="variant") if variant else None
     patch_config = patch_config.upper() if patch_config else None
-    if pretrained:
-        from mvit_export.weights import OFFICIAL
-
+    if weights is None and not pretrained:
         assert variant is not None
-        weights = OFFICIAL[variant]
-    if weights is None:
-        assert variant is not None
-        with _seeded(seed):
-            module = create_mobilevit(variant, num_classes=num_classes or 1000, patch_config=patch_config or "A")
-        origin = WeightsInfo(None, None, None, state_digest(module), trained=False, seed=seed)
-        preprocessing, labels = DEFAULT_PREPROCESSING, None
-    else:
-        from mvit_export.weights import load_weights
+        return _seed_mobilevit(variant, num_classes or 1000, patch_config or "A", seed)
+    from mvit_export.models.mobilevit import MobileViT
+    from mvit_export.weights import OFFICIAL, load_weights
 
-        found = load_weights(str(weights), variant=variant, num_classes=num_classes, patch_config=patch_config)
-        variant, module = found.variant, MobileViT(found.config)
-        module.load_state_dict(dict(found.state))
-        origin = WeightsInfo(found.source, found.family, found.sha256, state_digest(module), True, None, found.revision)
-        preprocessing, labels = found.preprocessing, found.labels
-    info = ModelInfo(
+    source = OFFICIAL[variant] if pretrained and variant else str(weights)
+    found = load_weights(source, variant=variant, num_classes=num_classes, patch_config=patch_config)
+    module = MobileViT(found.config)
+    module.load_state_dict(dict(found.state))
+    origin = WeightsInfo(found.source, found.family, found.sha256, state_digest(module), True, None, found.revision)
+    info = replace(_describe_mobilevit(module, found.variant), labels=found.labels)
+    return LoadedModel(module.eval(), info, origin, found.preprocessing, (), ())
+
+
+def _seed_mobilevit(variant: str, num_classes: int, patch_config: str, seed: int) -> LoadedModel:
+    from mvit_export.models.mobilevit import create_mobilevit
+
+    with _seeded(seed):
+        module = create_mobilevit(variant, num_classes=num_classes, patch_config=patch_config)
+    origin = WeightsInfo(None, None, None, state_digest(module), trained=False, seed=seed)
+    return LoadedModel(module.eval(), _describe_mobilevit(module, variant), origin, DEFAULT_PREPROCESSING, (), ())
+
+
+def _describe_mobilevit(module: MobileViT, variant: str) -> ModelInfo:
+    return ModelInfo(
         name=f"mobilevit_{variant}",
         source=variant,
         task="image-classification",
         params=count_parameters(module),
-        macs=0,
+        macs=0,  # counted once the input's shape is known
         variant=variant,
         num_classes=module.config.num_classes,
         patch_config=module.config.patch_config,
         output_stride=module.config.output_stride,
-        labels=labels,
     )
-    return LoadedModel(module.eval(), info, origin, preprocessing, (), ())
 
 
 def _load_any(source: str, weights: str | Path | None, pretrained: bool, seed: int) -> LoadedModel:
