@@ -163,14 +163,20 @@ def comparable(calls: Sequence[Call]) -> Iterator[tuple[Call, tuple[str, ...]]]:
         yield call, (call.module,) if layer is None else (call.module, layer)
 
 
-def nearest(call: Call, paths: tuple[str, ...], intermediates: Sequence[Intermediate]) -> Check | None:
-    """The best of the file's tensors of these modules; None if there is none of this size."""
+def nearest(call: Call, paths: tuple[str, ...], intermediates: Sequence[Intermediate], max_rel: float) -> Check | None:
+    """The best of the file's tensors of these modules; None if there is none of this size.
+
+    Where none matches, the nearest is nearest by chance: the last that is of these modules alone stands for them.
+    """
     checks = [
         Check(call, paths, item, distance(call.output, item.tensor))
         for item in intermediates
         if item.tensor.size == call.output.size and any(belongs(item, path) for path in paths)
     ]
-    return min(checks, key=lambda check: check.error, default=None)
+    best = min(checks, key=lambda check: check.error, default=None)
+    if best is None or best.error <= max_rel:
+        return best
+    return min(reversed(checks), key=lambda check: len(check.found.modules))
 
 
 def belongs(item: Intermediate, path: str) -> bool:
@@ -198,7 +204,7 @@ def first_divergence(
     calls: Sequence[Call], intermediates: Sequence[Intermediate], max_rel: float, *, passed: bool = False
 ) -> Located | None:
     """The verdict on one run; None if nothing could be compared. No layer of a file that has passed is at fault."""
-    outcomes = [(call, nearest(call, paths, intermediates)) for call, paths in comparable(calls)]
+    outcomes = [(call, nearest(call, paths, intermediates, max_rel)) for call, paths in comparable(calls)]
     checks = [check for _, check in outcomes if check]
     right = [check for check in checks if check.error <= max_rel]
     wrong = [check for check in checks if check.error > max_rel and not is_excused(check, right)]
