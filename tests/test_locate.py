@@ -18,8 +18,9 @@ from torch import nn
 from mvit_export import export, load_model, verify
 from mvit_export.errors import UsageError
 from mvit_export.intermediates import Intermediate, tflite_modules
-from mvit_export.locate import Located, distance, first_divergence, record
+from mvit_export.locate import Located, distance, first_divergence
 from mvit_export.parity import ParityResult
+from mvit_export.recording import record
 
 FORMATS = ("onnx", "coreml", "tflite")
 
