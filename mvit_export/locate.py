@@ -8,19 +8,16 @@ converter fused or dissolved is passed over.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mvit_export.artifact import Artifact
 from mvit_export.cases import make_cases
 from mvit_export.intermediates import Intermediate, read_intermediates
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from mvit_export.recording import Call, ancestors, record
 
 FADING = 10  # how much better than a layer its successors must match to show that it is right
 
@@ -60,83 +57,6 @@ class Located:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """One tensor that the reference made: a module's output, or a value that passed through an Identity."""
-
-    module: str
-    leaf: bool
-    output: np.ndarray
-    node: Any  # autograd's, which knows what the tensor depends on
-
-
-@dataclass
-class Recorder:
-    """Hooks that note every module's output, in the order of their making."""
-
-    calls: list[Call] = field(default_factory=list)
-    chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    active: list[tuple[str, Any]] = field(default_factory=list)  # attribute and the input's autograd node
-
-    def attach(self, path: str, module: nn.Module) -> None:
-        attribute, leaf = path.rpartition(".")[2], not any(module.children())
-
-        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.active.append((attribute, next((tensor.grad_fn for tensor in tensors_in(args)), None)))
-
-        def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.chains.setdefault(path, tuple(entry[0] for entry in self.active[1:]))
-            given = self.active.pop()[1]
-            for tensor in tensors_in(output):
-                if tensor.grad_fn is not given or not path:
-                    self.note(path, leaf, tensor)
-                elif all(call.node is not given for call in self.calls):
-                    self.note(path.rpartition(".")[0], False, tensor)  # an Identity shows a value of its parent
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-
-    def note(self, path: str, leaf: bool, tensor: Tensor) -> None:
-        # A copy: an activation may work in place on it later.
-        self.calls.append(Call(path, leaf, tensor.detach().float().numpy().copy(), tensor.grad_fn))
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating tensors of whatever a module takes or gives."""
-    from torch import Tensor
-
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (tuple, list, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item)
-
-
-def record(module: nn.Module, array: np.ndarray) -> Recorder:
-    """Run the reference on one input. Autograd is on, for it tells which values a value depends on."""
-    import torch
-
-    recorder = Recorder()
-    for path, part in module.named_modules():
-        recorder.attach(path, part)
-    with torch.enable_grad():
-        module(torch.from_numpy(array).requires_grad_() + 0)  # the sum, since a network may change its input in place
-    return recorder
-
-
-def ancestors(nodes: Iterable[Any]) -> set[Any]:
-    """The autograd nodes that these depend on, and themselves."""
-    seen: set[Any] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [source for source, _ in node.next_functions]
-    return seen
-
-
-@dataclass(frozen=True, eq=False)
 class Check:
     """The tensor of the file that is nearest to one output of the reference."""
 
@@ -163,14 +83,20 @@ def comparable(calls: Sequence[Call]) -> Iterator[tuple[Call, tuple[str, ...]]]:
         yield call, (call.module,) if layer is None else (call.module, layer)
 
 
-def nearest(call: Call, paths: tuple[str, ...], intermediates: Sequence[Intermediate]) -> Check | None:
-    """The best of the file's tensors of these modules; None if there is none of this size."""
+def nearest(call: Call, paths: tuple[str, ...], intermediates: Sequence[Intermediate], max_rel: float) -> Check | None:
+    """The best of the file's tensors of these modules; None if there is none of this size.
+
+    Where none matches, the nearest is nearest by chance: the last that is of these modules alone stands for them.
+    """
     checks = [
         Check(call, paths, item, distance(call.output, item.tensor))
         for item in intermediates
         if item.tensor.size == call.output.size and any(belongs(item, path) for path in paths)
     ]
-    return min(checks, key=lambda check: check.error, default=None)
+    best = min(checks, key=lambda check: check.error, default=None)
+    if best is None or best.error <= max_rel:
+        return best
+    return min(reversed(checks), key=lambda check: len(check.found.modules))
 
 
 def belongs(item: Intermediate, path: str) -> bool:
@@ -198,7 +124,7 @@ def first_divergence(
     calls: Sequence[Call], intermediates: Sequence[Intermediate], max_rel: float, *, passed: bool = False
 ) -> Located | None:
     """The verdict on one run; None if nothing could be compared. No layer of a file that has passed is at fault."""
-    outcomes = [(call, nearest(call, paths, intermediates)) for call, paths in comparable(calls)]
+    outcomes = [(call, nearest(call, paths, intermediates, max_rel)) for call, paths in comparable(calls)]
     checks = [check for _, check in outcomes if check]
     right = [check for check in checks if check.error <= max_rel]
     wrong = [check for check in checks if check.error > max_rel and not is_excused(check, right)]
