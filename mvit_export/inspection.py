@@ -34,13 +34,8 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "shape": list(spec.shape),
-        "enumerated": [list(shape) for shape in spec.enumerated],
-        "dtype": spec.dtype,
-        "layout": spec.layout,
-    }
+    record = {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype, "layout": spec.layout}
+    return record | ({"enumerated": [list(shape) for shape in spec.enumerated]} if spec.enumerated else {})
 
 
 def read_onnx(path: Path) -> tuple[dict[str, Any], Counter[str]]:
@@ -89,7 +84,7 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"  file        {report['format']} {report['precision']}, {report['bytes'] / 1e6:.2f} MB, {details}"
     for kind in ("inputs", "outputs"):
         for spec in report[kind]:
-            shapes = spec["enumerated"] or [spec["shape"]]
+            shapes = spec.get("enumerated", [spec["shape"]])
             text = " or ".join("x".join("any" if side is None else str(side) for side in shape) for shape in shapes)
             yield f"  {kind[:-1]:<11} {spec['name']}  {text}  {spec['dtype']}  {spec['layout']}".rstrip()
     if report["preprocessing"]:
