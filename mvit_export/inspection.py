@@ -50,13 +50,8 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "shape": list(spec.shape),
-        "enumerated": [list(shape) for shape in spec.enumerated],
-        "dtype": spec.dtype,
-        "layout": spec.layout,
-    }
+    record = {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype, "layout": spec.layout}
+    return record | ({"enumerated": [list(shape) for shape in spec.enumerated]} if spec.enumerated else {})
 
 
 def _contents(details: dict[str, Any], operators: Counter[str]) -> dict[str, Any]:
@@ -128,7 +123,7 @@ def describe_interface(report: Mapping[str, Any]) -> Iterator[str]:
     """Inputs, outputs and preprocessing, which a package without manifest does not tell."""
     for kind in ("inputs", "outputs"):
         for spec in report.get(kind, ()):
-            shapes = spec["enumerated"] or [spec["shape"]]
+            shapes = spec.get("enumerated", [spec["shape"]])
             text = " or ".join("x".join("any" if side is None else str(side) for side in shape) for shape in shapes)
             yield f"  {kind[:-1]:<11} {spec['name']}  {text}  {spec['dtype']}  {spec['layout']}".rstrip()
     if p := report.get("preprocessing"):

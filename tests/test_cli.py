@@ -186,7 +186,7 @@ MISTAKES = [
     ("--to onnx --variant s --input picture", "input kind 'picture' is not known, expected one of tensor, image"),
     ("--to onnx --variant s --image-size 16", "--image-size is 16x16, expected at least 32 on each side"),
     ("--to onnx --variant s --image-size big", "--image-size is 'big', expected N or HxW in pixels, such as 256 or 240x320"),
-    ("--to onnx --variant s --image-size 224 --image-size 256", "ONNX takes one --image-size, 2 given"),
+    ("--to onnx --variant s --image-size 224 --image-size 256", "ONNX takes one --image-size, 2 given; coreml takes several"),
     ("--to onnx --variant s --num-classes 0", "--num-classes is 0, expected at least 1"),
     ("--to onnx --variant s --patch-config C", "patch configuration 'C' is not known, expected one of A, B"),
     ("--to onnx --variant s --pretrained --weights x.pt", "--weights and --pretrained both say where the weights come from; pass one of them"),

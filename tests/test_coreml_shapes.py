@@ -224,7 +224,7 @@ def test_inspect_shows_the_sizes(sized: Callable[..., Path], cli: Callable[..., 
     assert "image  1x3x64x64 or 1x3x80x80 or 1x3x144x96 or 1x3x60x52  float32  NCHW" in done.err
     (report,) = done.json["artifacts"]
     assert report["inputs"][0]["enumerated"] == [list(shape) for shape in SHAPES]
-    assert report["outputs"][0]["enumerated"] == []
+    assert "enumerated" not in report["outputs"][0]
 
 
 @pytest.mark.slow
