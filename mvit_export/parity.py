@@ -293,16 +293,6 @@ class Outcome:
     broken: bool = False
 
 
-def compare(
-    manifest: Manifest,
-    run: Callable[[np.ndarray], Arrays],
-    pairs: Sequence[Pair],
-    on_case: Callable[[int, int], None] | None = None,
-) -> tuple[list[str], Metrics | None, int]:
-    """Run every input; give the structural faults (none is good), the worst metrics, and how many inputs ran."""
-    return *summarise_cases(run_cases(manifest, run, pairs, on_case)), len(pairs)
-
-
 def run_cases(
     manifest: Manifest,
     run: Callable[[np.ndarray], Arrays],

@@ -131,6 +131,10 @@ def test_dynamic_batch_is_run_at_two_sizes(tiny_model: Any, tmp_path: Path) -> N
     assert result.parity.inputs == len(cases) == 10
 
 
+def compare(manifest: Any, run: Callable[[np.ndarray], Any], pairs: list[Any]) -> tuple[list[str], Any]:
+    return parity.summarise_cases(parity.run_cases(manifest, run, pairs))
+
+
 # The mutations that a check must notice. Each makes a wrong file; the manifest keeps the truth.
 
 
@@ -196,7 +200,7 @@ def test_wrong_shape_and_missing_output_are_named(tiny_artifact: Callable[..., P
     pairs = [("case", np.zeros((1, 3, 64, 64), np.float32), {"logits": np.zeros((1, 10), np.float32)})]
 
     def faults(outputs: dict[str, np.ndarray]) -> list[str]:
-        return parity.compare(artifact.manifest, lambda _: outputs, pairs)[0]
+        return compare(artifact.manifest, lambda _: outputs, pairs)[0]
 
     assert faults({"logits": np.zeros((1, 9), np.float32)}) == ["case: logits has shape (1, 9), expected (1, 10)"]
     assert faults({"logits": np.zeros((1, 10), np.float16)}) == ["case: logits is float16, expected float32"]
@@ -211,7 +215,7 @@ def test_runtime_that_fails_is_a_failed_check(tiny_artifact: Callable[..., Path]
     def run(_: np.ndarray) -> dict[str, np.ndarray]:
         raise RuntimeError("kernel missing\nmore")
 
-    reasons, metrics, _ = parity.compare(artifact.manifest, run, pairs)
+    reasons, metrics = compare(artifact.manifest, run, pairs)
     assert reasons == ["case: the runtime failed: kernel missing"]
     assert metrics is None
 
@@ -260,7 +264,7 @@ def test_questions_that_cannot_be_asked(tiny_artifact: Callable[..., Path]) -> N
 def test_weak_reference_is_blamed(tiny_artifact: Callable[..., Path]) -> None:
     artifact = read_artifact(tiny_artifact("onnx"))
     pairs = [("case", np.zeros(1), {"logits": np.full((1, 10), np.nan, np.float32)})]
-    reasons, _, _ = parity.compare(artifact.manifest, lambda _: {"logits": np.zeros((1, 10), np.float32)}, pairs)
+    reasons, _ = compare(artifact.manifest, lambda _: {"logits": np.zeros((1, 10), np.float32)}, pairs)
     assert "the reference itself holds NaN or Inf" in reasons[0]
 
 
