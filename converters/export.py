@@ -31,9 +31,9 @@ from mvit_export.artifact import (
 from mvit_export.cases import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, make_cases
 from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
-from mvit_export.errors import ConversionError, MvitExportError, UsageError
+from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
 from mvit_export.formats import FORMATS, Target, check_installed, check_size_count, plan_targets
-from mvit_export.models.load import LoadedModel
+from mvit_export.models.load import LoadedModel, rebuild_model
 from mvit_export.runtimes import open_torch
 from mvit_export.staging import check_free, staged_directory
 
@@ -87,6 +87,8 @@ def export(
     folder = Path(out) / model.info.name
     for target in targets:
         check_free(folder / target.name, overwrite=overwrite)
+    if verify:  # a factory that gives other weights each time is told now, not after the work
+        rebuild_model(draft_manifest(model, targets[0], {}))
     folded = fold_batch_norms(model.module, torch.zeros(model.input_shapes[0]))
     results = []
     for target in targets:
@@ -210,6 +212,5 @@ def conversion_errors(target: Target) -> Iterator[None]:
     except MvitExportError:
         raise
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        title = FORMATS[target.format].title
-        raise ConversionError(f"{title} {target.precision}: the converter failed: {lines[0]}; -v shows more") from error
+        what = f"{FORMATS[target.format].title} {target.precision}: the converter failed"
+        raise ConversionError(f"{what}: {first_line(error)}; -v shows more") from error

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 CONVOLUTIONS = {
     torch.ops.aten.conv1d.default,
@@ -47,7 +49,9 @@ def fold_batch_norms(module: nn.Module, example: Tensor) -> nn.Module:
         return module
     folded = copy.deepcopy(module)
     for pair in find_pairs(program):
-        fold(folded, pair)
+        conv, norm = folded.get_submodule(pair.conv), folded.get_submodule(pair.norm)
+        if isinstance(conv, _ConvNd) and isinstance(norm, _BatchNorm):  # not the functions on a module's own tensors
+            fold(folded, pair)
     return folded
 
 

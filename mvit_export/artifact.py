@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
@@ -185,7 +186,10 @@ def read_artifact(path: Path) -> Artifact:
             raise ArtifactError(f"{path / MANIFEST} lists {info.path!r}, which lies outside the artifact; export again")
         if not file.is_file():
             raise ArtifactError(f"{file} is missing but listed in {MANIFEST}; export again with --overwrite")
-        found = sha256_file(file)
+        try:
+            found = sha256_file(file)
+        except OSError as error:
+            raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
         if found != info.sha256:
             raise ArtifactError(
                 f"{file} was changed after the export: sha256 is {found[:12]}…, {MANIFEST} says {info.sha256[:12]}…; "
@@ -219,8 +223,17 @@ def _check_values(manifest: Manifest) -> None:
     """What a reader relies on; raises KeyError or ValueError."""
     if manifest.precision not in FORMATS[manifest.format].precisions:
         raise ValueError(f"precision {manifest.precision!r}")
+    if (manifest.format, manifest.precision) != (manifest.target.format, manifest.target.precision):
+        raise ValueError(f"format and precision do not agree with target {manifest.target.name}")
     if not manifest.inputs or not manifest.outputs:
         raise ValueError("no inputs or no outputs")
+    if re.fullmatch(r"\w+", manifest.model.name) is None:
+        raise ValueError(f"name {manifest.model.name!r}")
+    for spec in (*manifest.inputs, *manifest.outputs):
+        if np.dtype(spec.dtype).kind not in "fu" or not all(n is None or n > 0 for n in spec.shape) or not spec.shape:
+            raise ValueError(f"{spec.name} of type {spec.dtype!r}, shape {spec.shape}")
+        if spec.layout in ("NCHW", "NHWC") and len(spec.shape) != 4:
+            raise ValueError(f"{spec.name} of layout {spec.layout}, shape {spec.shape}")
     if not all(isinstance(text, str) for info in manifest.files for text in (info.path, info.sha256)):
         raise ValueError("files without path or sha256")
 
@@ -241,11 +254,15 @@ def find_artifacts(path: str | Path) -> tuple[Path, ...]:
 
 
 def _walk_artifacts(path: Path) -> Iterator[Path]:
-    for root, directories, files in os.walk(path):
+    for root, directories, files in os.walk(path, onerror=_refuse_unreadable):
         directories[:] = sorted(d for d in directories if not d.startswith("."))  # leftovers of dead runs
         if MANIFEST in files:
             directories.clear()
             yield Path(root)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}; what lies in it would go unchecked")
 
 
 # Golden vectors

@@ -103,7 +103,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder that receives NAME/FORMAT-PRECISION.")] = Path("artifacts"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that exist.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check each file against PyTorch.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of untrained weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of untrained weights.", min=0, max=2**63 - 1)] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -276,7 +276,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     try:
         code = app(arguments, standalone_mode=False, prog_name="mvit-export")
     except ClickUsageError as error:
-        with Terminal(as_json="--json" in arguments, verbose="-v" in arguments) as terminal:
+        with Terminal(as_json="--json" in arguments, verbose=bool({"-v", "--verbose"} & {*arguments})) as terminal:
             terminal.error(UsageError(f"{error.format_message().rstrip('.')}; see mvit-export --help"))
         code = EXIT_ERROR
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -14,6 +14,7 @@ MvitExportError            exit code 2
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 
 
@@ -51,6 +52,18 @@ class ArtifactError(MvitExportError):
 
 class RuntimeUnavailable(MvitExportError):
     """A runtime cannot execute here: the reason is shown as NOT-RUN, never as success."""
+
+
+def printable(text: str, limit: int = 100) -> str:
+    """Text from a file or another library, fit for one line: it can hold anything."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours
+    return "".join(c if c.isprintable() else "?" for c in plain[:limit])
+
+
+def first_line(error: BaseException) -> str:
+    """The message of `error` cut to one line; the name of its class where it has none."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return printable(lines[0].strip(), 300) if lines else type(error).__name__
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mvit_export.artifact import Artifact
-from mvit_export.errors import ArtifactError, MvitExportError, require
+from mvit_export.errors import ArtifactError, MvitExportError, first_line, require
 from mvit_export.runtimes import litert_runtime
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # torch's exporter writes it: a node's modules, outermost first
@@ -44,7 +44,7 @@ def read_intermediates(artifact: Artifact, array: np.ndarray, chains: Chains) ->
     except MvitExportError:
         raise
     except Exception as error:  # the runtimes' errors have no common type
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ArtifactError(f"{artifact.model_path} does not give its intermediate tensors: {reason}") from error
 
 

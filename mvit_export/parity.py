@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from mvit_export.artifact import Artifact, Manifest, TensorSpec, find_artifacts, load_golden, read_artifact, write_json
 from mvit_export.cases import make_cases
-from mvit_export.errors import MvitExportError, RuntimeUnavailable, UsageError
+from mvit_export.errors import ArtifactError, MvitExportError, RuntimeUnavailable, UsageError, first_line
 from mvit_export.locate import Located, locate
 from mvit_export.runtimes import Arrays, Overflow, Session, open_torch, openers
 
@@ -30,13 +31,18 @@ FLOAT32_UNIT, FLOAT64_UNIT = 2.0**-24, 2.0**-53  # unit roundoff
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Bounds on `Metrics`: psnr_db and cosine from below, max_rel and kl from above. `reason` says why these."""
+    """Bounds on `Metrics`: psnr_db and cosine from below, the others from above. `reason` says why these.
+
+    max_of_spread is one for all: an error of a tenth of what the input changes at all is no rounding, however small
+    beside an offset that every output shares.
+    """
 
     psnr_db: float
     max_rel: float
     cosine: float
     kl: float
     reason: str
+    max_of_spread: float = 0.1
 
 
 # Apple's guidance for Core ML conversions asks for more than 70 dB in fp32 and 50 dB in fp16.
@@ -65,6 +71,7 @@ class Metrics:
     kl: float | None
     top1_agreement: float | None
     top5_agreement: float | None
+    max_of_spread: float | None = None  # max_abs over the largest change of the reference between inputs
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,10 @@ class ParityResult:
         return data
 
 
-def measure(reference: np.ndarray, output: np.ndarray) -> Metrics:
+def measure(reference: np.ndarray, output: np.ndarray, *, spread: float = 0.0) -> Metrics:
     """Compare one finite output with its reference of the same shape, (B, classes) or any other.
+
+    `spread` is the largest change of the reference between inputs, 0 if there is but one.
 
     PSNR is 10 log10(max(reference^2) / mean((output - reference)^2)), as coremltools' conversion tests define it.
     """
@@ -114,6 +123,7 @@ def measure(reference: np.ndarray, output: np.ndarray) -> Metrics:
         kl=kl_divergence(r, o) if scores else None,
         top1_agreement=top_k_agreement(r, o, 1) if scores else None,
         top5_agreement=top_k_agreement(r, o, 5) if scores else None,
+        max_of_spread=float(difference.max() / spread) if spread else None,
     )
 
 
@@ -156,6 +166,7 @@ def worst(metrics: Sequence[Metrics]) -> Metrics:
         kl=max(values("kl"), default=None),
         top1_agreement=_mean(values("top1_agreement")),
         top5_agreement=_mean(values("top5_agreement")),
+        max_of_spread=max(values("max_of_spread"), default=None),
     )
 
 
@@ -170,6 +181,9 @@ def violations(metrics: Metrics, tolerance: Tolerance) -> list[str]:
         found.append(f"PSNR {metrics.psnr_db:.1f} dB, at least {tolerance.psnr_db:g} expected")
     if metrics.max_rel > tolerance.max_rel:
         found.append(f"max error {metrics.max_rel:.1e} of the scale, at most {tolerance.max_rel:g} expected")
+    if metrics.max_of_spread is not None and metrics.max_of_spread > tolerance.max_of_spread:
+        share, limit = metrics.max_of_spread, tolerance.max_of_spread
+        found.append(f"max error {share:.1e} of what the input changes, at most {limit:g} expected")
     if metrics.cosine < tolerance.cosine:
         found.append(f"1 - cosine {1 - metrics.cosine:.1e}, at most {1 - tolerance.cosine:.0e} expected")
     if metrics.kl is not None and metrics.kl > tolerance.kl:
@@ -201,14 +215,21 @@ def verify(
         raise UsageError("--weights has no use with --against golden, which reads the stored vectors alone")
     if find_layer and against == "golden":
         raise UsageError("--locate compares with PyTorch's layers, which --against golden does without; leave out one")
-    artifacts = [read_artifact(place) for place in find_artifacts(path)]
+    places = find_artifacts(path)
+    for place in places:
+        with suppress(OSError):  # a verdict of yesterday says nothing if today's check ends in an error
+            (place / PARITY).unlink(missing_ok=True)
+    artifacts = [read_artifact(place) for place in places]
     results: list[ParityResult] = []
     for artifact in artifacts:
         pairs = functools.cache(lambda a=artifact: _pairs(a, against, weights))  # computed once, if a runtime works
         verdicts = [_verify_in(opener, artifact, against, pairs, on_case) for opener in openers(artifact)]
         if find_layer:
             verdicts = [with_location(verdict, artifact, weights) for verdict in verdicts]
-        write_json(artifact.path / PARITY, summarise(verdicts))
+        try:
+            write_json(artifact.path / PARITY, summarise(verdicts))
+        except ArtifactError as error:  # a read-only artifact is still checked
+            verdicts = [replace(verdict, note=f"{verdict.note}; {error}".lstrip("; ")) for verdict in verdicts]
         results += verdicts
     return tuple(results)
 
@@ -301,16 +322,21 @@ def run_cases(
 ) -> list[Outcome]:
     """Run the inputs, to the first that breaks the runtime."""
     outcomes: list[Outcome] = []
+    spreads = {spec.name: spread_of(spec.name, pairs) for spec in manifest.outputs}
     for done, (case, array, reference) in enumerate(pairs, start=1):
         try:
             outputs = run(array)
         except MvitExportError:
             raise
         except Exception as error:  # each runtime has its own exception types; a run that fails is a failed check
-            fault = f"{case}: the runtime failed: {str(error).strip().splitlines()[0]}"
+            fault = f"{case}: the runtime failed: {first_line(error)}"
             return [*outcomes, Outcome(case, (fault,), broken=True)]
         faults = tuple(structural_faults(case, manifest.outputs, reference, outputs))
-        measured = [measure(reference[spec.name], outputs[spec.name]) for spec in manifest.outputs if not faults]
+        measured = [
+            measure(reference[spec.name], outputs[spec.name], spread=spreads[spec.name])
+            for spec in manifest.outputs
+            if not faults
+        ]
         outcomes.append(Outcome(case, faults, worst(measured) if measured else None))
         if on_case:
             on_case(done, len(pairs))
@@ -332,13 +358,23 @@ def find_worst(outcomes: Sequence[Outcome]) -> Outcome:
 def constant_reference(pairs: Sequence[Pair]) -> str | None:
     """Why a comparison would prove nothing: a reference that ignores its input, as an untrained zero head does."""
     for name in pairs[0][2]:
-        every = [row for _, _, outputs in pairs for row in outputs[name]]
-        rows = np.stack([row for row in every if row.shape == every[0].shape])  # maps of another size say nothing
-        with np.errstate(invalid="ignore"):  # NaN and Inf are reported by the comparison
-            spread = np.abs(rows - rows[0]).max()
-        if len(rows) > 1 and spread <= FLOAT32_UNIT * np.abs(rows).max():
+        rows = reference_rows(name, pairs)
+        if len(rows) > 1 and spread_of(name, pairs) <= FLOAT32_UNIT * np.abs(rows).max():
             return f"the reference gives the same {name} for all {len(rows)} inputs, which proves nothing; load weights"
     return None
+
+
+def spread_of(name: str, pairs: Sequence[Pair]) -> float:
+    """The largest difference of an output's reference between the first input and any other; 0 for one input."""
+    rows = reference_rows(name, pairs)
+    with np.errstate(invalid="ignore"):  # NaN and Inf are reported by the comparison
+        return float(np.abs(rows - rows[0]).max())
+
+
+def reference_rows(name: str, pairs: Sequence[Pair]) -> np.ndarray:
+    """The reference for every single input, where it has the first one's shape: maps of other sizes do not compare."""
+    every = [row for _, _, outputs in pairs for row in outputs[name]]
+    return np.stack([row for row in every if row.shape == every[0].shape])
 
 
 def structural_faults(case: str, specs: Sequence[TensorSpec], reference: Arrays, outputs: Arrays) -> Iterator[str]:

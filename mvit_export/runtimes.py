@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvit_export.artifact import Artifact
-from mvit_export.errors import ArtifactError, RuntimeUnavailable
+from mvit_export.artifact import Artifact, Manifest
+from mvit_export.errors import ArtifactError, RuntimeUnavailable, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,6 +167,8 @@ def open_mil(artifact: Artifact) -> Session:
             outputs = program.run({input_name: array})
         except mil.ExecutionError as error:  # the file's fault, not the user's: a failed check
             raise RuntimeError(str(error)) from error
+        if artifact.manifest.model.labels:
+            check_classifier(outputs, artifact.manifest)
         return {name: outputs[name] for name in artifact.manifest.output_names if name in outputs}
 
     def overflow(array: np.ndarray) -> Overflow | None:
@@ -177,6 +179,26 @@ def open_mil(artifact: Artifact) -> Session:
     return Session("mil-reference", run, tuple(json.loads(labels)) if labels else None, MIL_NOTE, overflow)
 
 
+def check_classifier(outputs: Mapping[str, Any], manifest: Manifest) -> None:
+    """A classifier's own outputs: labels in the manifest's order, their probabilities the softmax of the scores.
+
+    Raises ValueError, which is a failed check.
+    """
+    scores = np.asarray(outputs[manifest.output_names[0]], np.float64).reshape(-1)
+    chosen = next((value for value in outputs.values() if isinstance(value, str)), None)
+    given = next((value for value in outputs.values() if isinstance(value, Mapping)), None)
+    labels = manifest.model.labels or ()
+    if given is None or chosen is None:
+        raise ValueError("the manifest has labels, the file is no classifier")
+    if tuple(given) != labels:
+        raise ValueError("the classifier's labels are not the manifest's, or in another order")
+    odds = np.exp(scores - scores.max())
+    error = np.abs(np.fromiter(given.values(), np.float64) - odds / odds.sum()).max()
+    if error > PROBABILITY_TOLERANCE or chosen != max(given, key=lambda label: given[label]):
+        raise ValueError(f"the classifier's probabilities are not the softmax of the scores (off by {error:.1e})")
+
+
+PROBABILITY_TOLERANCE = 5e-3  # fp16 holds a probability to 5e-4; the softmax before it sums as many roundings
 MIL_NOTE = "proves graph and weights, not Apple's kernels; for those, on a Mac: verify --against golden"
 
 
@@ -207,5 +229,5 @@ def _rejection(artifact: Artifact, runtime: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ArtifactError(f"{artifact.model_path} is rejected by {runtime}: {reason}; export again") from error

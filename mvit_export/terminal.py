@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from rich.console import Console
@@ -31,11 +31,12 @@ class Terminal:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
 
     def __enter__(self) -> Terminal:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        self._saved = [os.dup(1), os.dup(2)]
-        self.stdout: IO[str] = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        self.stderr: IO[str] = os.fdopen(os.dup(2), "w", encoding="utf-8")
+        flush()
+        self._saved = [duplicate(1), duplicate(2)]
+        # A name that is no UTF-8 is printed with escapes, which JSON reads back.
+        self.stdout, self.stderr = (
+            os.fdopen(os.dup(saved), "w", encoding="utf-8", errors="backslashreplace") for saved in self._saved
+        )
         self.progress_console = make_console(self.stderr)
         self.console = make_console(self.stderr if self.as_json else self.stdout)
         self._sink = tempfile.TemporaryFile()
@@ -45,13 +46,13 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        flush()
         for descriptor, saved in enumerate(self._saved, start=1):
             os.dup2(saved, descriptor)
             os.close(saved)
         for stream in (self.stdout, self.stderr):
-            stream.close()
+            with suppress(BrokenPipeError):  # a reader such as `head` has gone, which changes no verdict
+                stream.close()
         self._sink.close()
 
     def print(self, *parts: str | Text) -> None:
@@ -62,8 +63,9 @@ class Terminal:
     def print_json(self, data: Any) -> None:
         """The one document of `--json`; nothing otherwise."""
         if self.as_json:
-            self.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-            self.stdout.flush()
+            with suppress(BrokenPipeError):
+                self.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+                self.stdout.flush()
 
     def error(self, error: BaseException) -> None:
         """One line on stderr, the traceback after it with `--verbose`; under `--json` a document as well."""
@@ -86,9 +88,32 @@ class Terminal:
             yield lambda text: bar.update(task, description=text)
 
 
+class PipeConsole(Console):
+    """A console that falls silent when its reader has gone; Rich's own exits with 1, the code of a failed check."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+def flush() -> None:
+    """Both standard streams, where they exist: a parent may have closed them."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(BrokenPipeError):
+                stream.flush()
+
+
+def duplicate(descriptor: int) -> int:
+    """A copy of a standard descriptor, of the null device where it is closed."""
+    try:
+        return os.dup(descriptor)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
+
+
 def make_console(stream: IO[str]) -> Console:
     """A console that never wraps or truncates what is piped."""
-    return Console(file=stream, width=None if stream.isatty() else 10_000)
+    return PipeConsole(file=stream, width=None if stream.isatty() else 10_000)
 
 
 def one_line(error: BaseException) -> str:

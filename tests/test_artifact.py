@@ -258,7 +258,7 @@ DAMAGES = [
     (lambda p: (p / GOLDEN).unlink(), GOLDEN, "is missing but listed in manifest.json"),
     (list_outside, "manifest.json", "lists '../secret', which lies outside the artifact"),
     (list_absolute, "manifest.json", "lists '/"),
-    (name_model_outside, "manifest.json", "lists no ../other.onnx"),
+    (name_model_outside, "manifest.json", "is no valid manifest (ValueError(\"name '../other'\"))"),
     (list_no_model, "manifest.json", "lists no net.onnx"),
     (rewrite(""), "manifest.json", "cannot be read (Expecting value"),
     (rewrite("<html>"), "manifest.json", "cannot be read (Expecting value"),

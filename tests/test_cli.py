@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def test_verify_json_is_the_only_thing_on_stdout(cli: Cli, exported: tuple[Path,
         *artifact
     }
     assert {*artifact["metrics"]} == {
-        "max_abs", "max_rel", "psnr_db", "cosine", "kl", "top1_agreement", "top5_agreement",
+        "max_abs", "max_rel", "psnr_db", "cosine", "kl", "top1_agreement", "top5_agreement", "max_of_spread",
     }  # fmt: skip
     assert artifact["metrics"]["psnr_db"] > 100
     assert artifact["inputs"] == 9
@@ -204,6 +206,10 @@ MISTAKES = [
     ("--to onnx --model {faulty}:absent", "{faulty} defines no function 'absent', expected one that returns a torch.nn.Module"),
     ("--to onnx --model {faulty}:nothing", "{faulty}:nothing() returned NoneType, expected a torch.nn.Module"),
     ("--to onnx --model {faulty}:raises", "{faulty}:raises() raised ValueError: no such backbone"),
+    ("--to onnx --model {faulty}:leaves", "{faulty}:leaves() raised SystemExit: 0"),
+    ("--to onnx --model {faulty}:integers --input-shape 1,6", "output 'logits' is int64 of shape [1], expected floats with a batch axis"),
+    ("--to onnx --model {faulty}:scalar --input-shape 1,6", "output 'logits' is float32 of shape [], expected floats with a batch axis"),
+    ("--to onnx --variant s --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0; see mvit-export --help"),
     ("--to onnx --model {faulty}:text", "the model returned str, expected a tensor, or tuple or dict of tensors"),
     ("--to onnx --model {broken}:net", "{broken} raised SyntaxError: "),
     ("--to onnx --model timm:mobilevit_xxxs", "timm has no model 'mobilevit_xxxs'; it has "),
@@ -229,6 +235,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "def raises(): raise ValueError('no such backbone\\nand more')\n"
         "class Text(nn.Module):\n    def forward(self, x): return 'text'\n"
         "def text(): return Text()\n"
+        "def leaves(): raise SystemExit(0)\n"
+        "class Integers(nn.Module):\n    def forward(self, x): return x.argmax(1)\n"
+        "def integers(): return Integers()\n"
+        "class Scalar(nn.Module):\n    def forward(self, x): return x.sum()\n"
+        "def scalar(): return Scalar()\n"
     )
     names = {"empty": "empty", "short": "short.txt", "twice": "twice.txt", "broken": "broken.py", "faulty": "faulty.py"}
     return {key: str(folder / name) for key, name in names.items()} | {"tiny": TINY}
@@ -262,6 +273,18 @@ def test_error_under_json_is_one_document(cli: Cli, tmp_path: Path) -> None:
     assert done.json["status"] == "error"
     assert done.json["error"]["type"] == "ArtifactError"
     assert "Traceback" not in done.err
+
+
+def test_strange_names_and_closed_pipes(cli: Cli, exported: tuple[Path, Finished]) -> None:
+    """A name that is no UTF-8 is one line and JSON; a reader that leaves early changes no exit code."""
+    done = cli("verify", "/nowhere/\udcff", "--json")
+    assert done.code == 2
+    assert done.json["error"]["message"].startswith("/nowhere/")
+    command = f"{sys.executable} -m mvit_export verify {exported[0]} | true; echo ${{PIPESTATUS[0]}}"
+    piped = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert (piped.stdout, piped.stderr) == ("0\n", "")
+    closed = subprocess.run(["bash", "-c", command.split("|")[0] + ">&-"], capture_output=True, text=True, timeout=300)
+    assert (closed.returncode, closed.stderr) == (0, "")
 
 
 def test_verbose_adds_the_traceback(cli: Cli, tmp_path: Path) -> None:

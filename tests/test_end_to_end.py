@@ -18,7 +18,7 @@ from conftest import LABELS, TARGETS, TINY, Finished
 from helpers import randomize
 from PIL import Image
 
-from mvit_export import export, load_model, save_weights, verify
+from mvit_export import MvitExportError, export, load_model, save_weights, verify
 from mvit_export.artifact import read_artifact
 from mvit_export.cases import open_photo
 from mvit_export.models.mobilevit import create_mobilevit
@@ -339,6 +339,39 @@ def test_weights_for_any_model(tmp_path: Path) -> None:
     ones = np.ones((1, 3, 2, 2), np.float32)
     expected = (state["1.weight"].sum(1) + state["1.bias"]).numpy()
     assert run_onnx(result.artifact.model_path, ones)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_weights_for_a_half_precision_model_are_not_rounded(tmp_path: Path) -> None:
+    source = tmp_path / "net.py"
+    source.write_text("from torch import nn\ndef net(): return nn.Linear(6, 3).half()\n")
+    weight = torch.rand(3, 6)
+    torch.save({"weight": weight, "bias": torch.zeros(3)}, tmp_path / "w.pt")
+    model = load_model(model=f"{source}:net", weights=tmp_path / "w.pt", input_shape=(1, 6))
+    assert torch.equal(model.module.weight, weight)
+
+
+def test_repeated_labels_of_a_checkpoint_are_numbered(tmp_path: Path) -> None:
+    """ImageNet's list has "crane" twice; a user who passed no labels must not be stopped by it."""
+    weights = tmp_path / "w.safetensors"
+    model = create_mobilevit("xxs", num_classes=3)
+    save_weights(model, weights, preprocessing=FAMILY_PREPROCESSING["hf"], labels=["crane", "dog", "crane"])  # type: ignore[arg-type]
+    assert load_model(weights=weights, image_size=32).info.labels == ("crane", "dog", "crane (2)")
+
+
+def test_labels_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8-sig")
+    assert load_model(model=TINY, labels=tmp_path / "labels.txt").info.labels == LABELS
+
+
+def test_factory_that_is_random_is_refused_before_the_work(tmp_path: Path) -> None:
+    source = tmp_path / "net.py"
+    source.write_text(
+        "import os, torch\ndef net():\n    layer = torch.nn.Linear(6, 3)\n"
+        "    layer.bias.data[0] = int.from_bytes(os.urandom(3), 'big')\n    return layer\n"
+    )
+    with pytest.raises(MvitExportError, match="gives other weights than were exported"):
+        export(load_model(model=f"{source}:net", input_shape=(1, 6)), to="onnx", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_loading_leaves_the_random_stream_alone() -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from mvit_export import export, load_model, parity, verify
 from mvit_export.artifact import GOLDEN, MANIFEST, load_golden, read_artifact, save_golden, sha256_file
 from mvit_export.cases import make_cases
+from mvit_export.converters.to_coreml import CoreMLForm
 from mvit_export.errors import ArtifactError, UsageError, WeightsError
 from mvit_export.parity import Tolerance, measure, violations, worst
 
@@ -187,6 +188,63 @@ def test_shuffled_labels_fail(fmt: str, tmp_path: Path) -> None:
     (result,) = verify(bad.artifact.path)
     assert result.status == "fail"
     assert result.reason == "label 0 is 'digit 1' in the file, 'digit 0' in the manifest"
+
+
+def negated_probabilities(self: CoreMLForm, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    scores = self.model(image)["logits"]
+    return scores, torch.softmax(-scores, dim=-1)
+
+
+@pytest.mark.parametrize("fault", ["labels", "probabilities"])
+def test_wrong_classifier_fails(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core ML's own classifier, beside metadata that is right: reversed labels, probabilities of the negated scores."""
+    import coremltools as ct
+
+    if fault == "labels":
+        original = ct.ClassifierConfig
+        monkeypatch.setattr(ct, "ClassifierConfig", lambda labels, **options: original(labels[::-1], **options))
+    else:
+        monkeypatch.setattr(CoreMLForm, "forward", negated_probabilities)
+    source = tmp_path / "net.py"
+    source.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))\n")
+    model = load_model(model=f"{source}:net", input_shape=(1, 3, 2, 2), labels=["a", "b", "c"])
+    (result,) = export(model, to="coreml", precision="fp32", out=tmp_path)
+    assert result.parity is not None
+    assert result.parity.status == "fail"
+    assert f"the classifier's {fault} are not" in result.parity.reason
+
+
+def test_error_hidden_under_an_offset_fails(tmp_path: Path) -> None:
+    """A large bias makes every relative figure look good; what the input changes is what counts."""
+    source = tmp_path / "net.py"
+    text = (
+        "import torch\nfrom torch import nn\ndef net():\n    torch.manual_seed(0)\n    layer = nn.Linear(12, 3)\n"
+        "    nn.init.constant_(layer.bias, 10)\n    layer.weight.data *= 0.01\n    return nn.Sequential({}, layer)\n"
+    )
+    source.write_text(text.format("nn.Flatten()"))
+    model = load_model(model=f"{source}:net", input_shape=(1, 3, 2, 2))
+    swapped = replace(model, module=nn.Sequential(Flip(), *copy.deepcopy(model.module)))
+    (result,) = export(swapped, to="onnx", precision="fp16", out=tmp_path)
+    assert result.parity is not None
+    assert result.parity.status == "fail"
+    assert "of what the input changes" in result.parity.reason
+    (good,) = export(model, to="onnx", precision="fp32", out=tmp_path)
+    assert good.parity is not None
+    assert good.parity.status == "pass"
+
+
+class Flip(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x[:, 2:3], x[:, 1:2], x[:, 0:1]), dim=1)
+
+
+def test_damaged_file_leaves_no_old_verdict(tiny_model: Any, tmp_path: Path) -> None:
+    (result,) = export(tiny_model, to="onnx", out=tmp_path)
+    assert (result.artifact.path / parity.PARITY).exists()
+    result.artifact.model_path.write_bytes(b"")
+    with pytest.raises(ArtifactError, match="was changed after the export"):
+        verify(tmp_path)
+    assert not (result.artifact.path / parity.PARITY).exists()
 
 
 def rewrite_manifest(place: Path, change: Callable[[dict[str, Any]], None]) -> None:

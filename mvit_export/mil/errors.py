@@ -16,14 +16,3 @@ class UnsupportedOpError(MvitExportError):
 
 class ExecutionError(MvitExportError):
     """An op failed while the program ran, e.g. an index outside of a tensor."""
-
-
-def printable(name: str) -> str:
-    """A name from a file, fit for one line: a damaged one can hold anything."""
-    return "".join(c if c.isprintable() else "?" for c in name[:100])
-
-
-def first_line(error: BaseException) -> str:
-    """The message of `error` cut to one line; the name of its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return printable(lines[0]) if lines else type(error).__name__

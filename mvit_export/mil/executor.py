@@ -19,8 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mvit_export.errors import ArtifactError, UsageError
-from mvit_export.mil.errors import printable
+from mvit_export.errors import ArtifactError, UsageError, printable
 from mvit_export.mil.features import Feature, read_feature
 from mvit_export.mil.graph import Builder, Graph
 from mvit_export.mil.modules import MODULES_KEY

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mvit_export.errors import ArtifactError
-from mvit_export.mil.errors import ExecutionError, UnsupportedOpError, first_line, printable
+from mvit_export.errors import ArtifactError, first_line, printable
+from mvit_export.mil.errors import ExecutionError, UnsupportedOpError
 from mvit_export.mil.ops import EXACT, HALF_ACCUMULATION, OPS
 from mvit_export.mil.package import OPSETS, Package
 from mvit_export.mil.signature import Parameter, parameters, to_python

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mvit_export.errors import ArtifactError
-from mvit_export.mil.errors import printable
+from mvit_export.errors import ArtifactError, printable
 from mvit_export.mil.executor import module_table
 from mvit_export.mil.package import Package
 from mvit_export.mil.steps import Op

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mvit_export.errors import ArtifactError, require
-from mvit_export.mil.errors import printable
+from mvit_export.errors import ArtifactError, printable, require
 
 if TYPE_CHECKING:
     from coremltools.proto.MIL_pb2 import Function

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mvit_export.mil.errors import ExecutionError, first_line
+from mvit_export.errors import first_line
+from mvit_export.mil.errors import ExecutionError
 from mvit_export.mil.signature import to_python
 from mvit_export.mil.values import HELD
 

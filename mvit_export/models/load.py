@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo
 from mvit_export.errors import ModelError, UsageError, WeightsError, require
@@ -187,15 +190,24 @@ def _load_mobilevit(
     module = MobileViT(found.config)
     module.load_state_dict(dict(found.state))
     origin = WeightsInfo(found.source, found.family, found.sha256, state_digest(module), True, None, found.revision)
-    info = replace(_describe_mobilevit(module, found.variant), labels=found.labels)
+    info = replace(_describe_mobilevit(module, found.variant), labels=distinguish(found.labels))
     return LoadedModel(module.eval(), info, origin, found.preprocessing, (), ())
+
+
+def distinguish(labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Number repeated labels (ImageNet has two "crane"), which a Core ML classifier could not tell apart."""
+    if labels is None:
+        return None
+    return tuple(f"{label} ({i})" if label in labels[:i] else label for i, label in enumerate(labels))
 
 
 def _seed_mobilevit(variant: str, num_classes: int, patch_config: str, seed: int) -> LoadedModel:
     from mvit_export.models.mobilevit import create_mobilevit
 
     with _seeded(seed):
-        module = create_mobilevit(variant, num_classes=num_classes, patch_config=patch_config)
+        module = call_guarded(
+            lambda: create_mobilevit(variant, num_classes=num_classes, patch_config=patch_config), f"variant {variant}"
+        )
     origin = WeightsInfo(None, None, None, state_digest(module), trained=False, seed=seed)
     return LoadedModel(module.eval(), _describe_mobilevit(module, variant), origin, DEFAULT_PREPROCESSING, (), ())
 
@@ -221,11 +233,11 @@ def _load_any(source: str, weights: str | Path | None, pretrained: bool, seed: i
         module = build_timm(source) if is_timm else build_from_file(source, pretrained)
     if pretrained:
         weights = timm_weights(source)
+    module = call_guarded(lambda: module.eval().float(), f"{source}, made float32,")
     origin = WeightsInfo(None, None, None, "", False if is_timm else None, seed)  # a factory may load its own
     if weights is not None:
         origin = _load_weights_into(module, str(weights))
-    module = module.eval().float()
-    origin = replace(origin, state_sha256=state_digest(module))
+    origin = replace(origin, state_sha256=call_guarded(lambda: state_digest(module), f"{source}, asked for its state,"))
     preprocessing = timm_preprocessing(module) if is_timm else getattr(module, "preprocessing", None)
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = DEFAULT_PREPROCESSING
@@ -252,12 +264,19 @@ def _load_weights_into(module: nn.Module, weights: str) -> WeightsInfo:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generator for the block alone; the caller's stream of random numbers goes on undisturbed."""
+    """Seed torch, numpy and random for the block alone; the caller's streams of random numbers go on undisturbed."""
     import torch
 
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _with_shapes(loaded: LoadedModel, sizes: tuple[Size, ...] | None, input_shape: Sequence[int] | None) -> LoadedModel:
@@ -285,6 +304,7 @@ def _with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None
                 lambda: name_outputs(loaded.module(torch.zeros(shape))),  # noqa: B023 (called at once)
                 f"the model, called on a float32 tensor {shape},",
             )
+    check_outputs(outputs)
     info = replace(loaded.info, macs=counter.get_total_flops() // 2)  # torch counts a multiply-add as two
     only = next(iter(outputs.values()))
     if info.num_classes is None and len(outputs) == 1 and only.ndim == 2:
@@ -292,6 +312,18 @@ def _with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None
     if labels is not None:
         info = replace(info, labels=read_labels(labels, info.num_classes))
     return replace(loaded, info=info, output_names=tuple(outputs))
+
+
+def check_outputs(outputs: Mapping[str, Tensor]) -> None:
+    """Refuse what no comparison of numbers can judge: integers, booleans, scalars; and the name of the input."""
+    for name, tensor in outputs.items():
+        if not tensor.is_floating_point() or tensor.ndim == 0:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"output {name!r} is {kind} of shape {list(tensor.shape)}, expected floats with a batch axis"
+            )
+        if name == "image":
+            raise ModelError("an output is named 'image' as the input is; rename it")
 
 
 def name_outputs(outputs: Any) -> dict[str, Tensor]:
@@ -318,7 +350,7 @@ def read_labels(labels: str | Path | Sequence[str], num_classes: int | None) -> 
     if isinstance(labels, (str, Path)):
         where = str(labels)
         try:
-            names = tuple(line.strip() for line in Path(labels).read_text(encoding="utf-8").rstrip().splitlines())
+            names = tuple(line.strip() for line in Path(labels).read_text(encoding="utf-8-sig").rstrip().splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{where} cannot be read as labels ({error}), expected UTF-8 text, one a line") from error
     else:
@@ -340,6 +372,8 @@ def state_digest(module: nn.Module) -> str:
     """sha256 over the names, types, shapes and bytes of a module's state: two equal digests are equal weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if not hasattr(tensor, "detach"):  # get_extra_state may return anything
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mvit_export.errors import MissingDependencyError, ModelError, MvitExportError, UsageError
+from mvit_export.errors import MissingDependencyError, ModelError, MvitExportError, UsageError, first_line
 from mvit_export.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -127,14 +127,13 @@ def _import_file(path: Path) -> Mapping[str, Any]:
 
 
 def call_guarded(call: Callable[[], Any], what: str) -> Any:
-    """Run a user's code; anything it raises becomes a one-line ModelError (the traceback is shown with -v)."""
+    """Run a user's code; anything it raises becomes a one-line ModelError (the traceback is shown with -v).
+
+    That includes SystemExit: a script's own exit code must not pass for ours.
+    """
     try:
         return call()
     except MvitExportError:
         raise
-    except Exception as error:
-        raise ModelError(f"{what} raised {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{what} raised {type(error).__name__}: {first_line(error)}") from error
