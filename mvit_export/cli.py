@@ -212,7 +212,7 @@ def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:
         metrics = result.metrics
         parts.append(f"{metrics.psnr_db:.1f} dB, max error {metrics.max_rel:.1e} of scale")
         parts.append(f"{result.inputs} inputs vs {result.against} in {result.runtime}")
-    if result.note and result.status == "pass":
+    if result.note:
         parts.append(f"({result.note})")
     if result.reason:
         parts.append(result.reason)

@@ -226,12 +226,17 @@ def verify(
         verdicts = [_verify_in(opener, artifact, against, pairs, on_case) for opener in openers(artifact)]
         if find_layer:
             verdicts = [with_location(verdict, artifact, weights) for verdict in verdicts]
-        try:
-            write_json(artifact.path / PARITY, summarise(verdicts))
-        except ArtifactError as error:  # a read-only artifact is still checked
-            verdicts = [replace(verdict, note=f"{verdict.note}; {error}".lstrip("; ")) for verdict in verdicts]
-        results += verdicts
+        results += store_verdicts(artifact, verdicts)
     return tuple(results)
+
+
+def store_verdicts(artifact: Artifact, verdicts: list[ParityResult]) -> list[ParityResult]:
+    """Write parity.json; a read-only artifact is still checked, and its verdicts say that they were not stored."""
+    try:
+        write_json(artifact.path / PARITY, summarise(verdicts))
+    except ArtifactError as error:
+        return [replace(verdict, note=f"{verdict.note}; {error}".lstrip("; ")) for verdict in verdicts]
+    return verdicts
 
 
 def _verify_in(
@@ -270,7 +275,7 @@ def _verify_in(
         runtime=session.runtime,
         inputs=len(pairs()),
         metrics=metrics,
-        note=session.note,
+        note="" if reasons else session.note,
         worst_case=None if worst_case.broken else worst_case.case,
         overflow=overflow,
     )

@@ -247,6 +247,21 @@ def test_damaged_file_leaves_no_old_verdict(tiny_model: Any, tmp_path: Path) -> 
     assert not (result.artifact.path / parity.PARITY).exists()
 
 
+@pytest.mark.parametrize("status", ["pass", "fail"])
+def test_verdict_that_cannot_be_stored_says_so(
+    status: str, tiny_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, data: Any) -> None:
+        raise ArtifactError(f"{path} cannot be written: Read-only file system")
+
+    monkeypatch.setattr(parity, "write_json", refuse)
+    if status == "fail":
+        monkeypatch.setitem(parity.TOLERANCES, ("onnx", "fp32"), Tolerance(999, 0, 1, 0, "impossible"))
+    (result,) = verify(tiny_artifact("onnx"), against="golden")
+    assert result.status == status
+    assert result.note.endswith("parity.json cannot be written: Read-only file system")
+
+
 def rewrite_manifest(place: Path, change: Callable[[dict[str, Any]], None]) -> None:
     data = json.loads((place / MANIFEST).read_text())
     change(data)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 VARIANT_NAMES = ("xxs", "xs", "s")
-DEFAULT_SIZE = 256
+SMALLEST_IMAGE = 32  # below it MobileViT's last stages have no pixels left
 Sizes = int | str | Sequence[int | str]
 
 
@@ -157,7 +157,7 @@ def check_model_options(
         if image_size is not None and input_shape is not None:
             raise UsageError("--image-size and --input-shape both give the input's shape; pass one of them")
     if image_size is not None:
-        smallest = 1 if model else 32
+        smallest = 1 if model else SMALLEST_IMAGE
         for size in parse_sizes(image_size):
             if min(size) < smallest:
                 raise UsageError(f"--image-size is {size[0]}x{size[1]}, expected at least {smallest} on each side")

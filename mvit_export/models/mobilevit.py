@@ -24,7 +24,6 @@ PATCH_CONFIGS = {
 HEADS = 4
 DEPTHS = (2, 4, 3)  # encoders in stages 3, 4, 5
 EPS = 1e-5  # of every BatchNorm and LayerNorm
-SMALLEST_IMAGE = 32  # below it the last stages have no pixels left
 
 
 @dataclass(frozen=True)
