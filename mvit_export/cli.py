@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,12 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from mvit_export import __version__
-from mvit_export.errors import MvitExportError, UsageError
+from mvit_export.cli_base import EXIT_CODES, EXIT_ERROR, Artifacts, Json, Quiet, Verbose, session
+from mvit_export.cli_bench import bench
+from mvit_export.errors import UsageError
 from mvit_export.terminal import Terminal, megabytes, status_text
 
-EXIT_CODES = {"pass": 0, "fail": 1, "not-run": 3}
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click since 0.27
 
 EPILOG = """Exit codes: 0 all done and every check passed; 1 a check failed; 2 misuse or bad input; 3 nothing failed,
@@ -50,15 +47,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; people read stderr.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show what the converters print, and tracebacks.")]
-Artifacts = Annotated[
-    list[Path],
-    typer.Argument(metavar="ARTIFACT...", help="Artifact directories, directories of them, or model files inside one."),
-]
-
 
 def show_version(value: bool) -> None:
     if value:
@@ -250,24 +238,7 @@ def doctor(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False
         terminal.print_json({"status": "pass", "findings": [finding.to_json() for finding in findings]})
 
 
-@contextmanager
-def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
-    """A Terminal in which an error becomes one line and an exit code."""
-    with Terminal(as_json=as_json, quiet=quiet, verbose=verbose) as terminal:
-        try:
-            yield terminal
-        except typer.Exit:
-            raise
-        except KeyboardInterrupt as error:
-            terminal.error(UsageError("interrupted; nothing half-written was left"))
-            raise typer.Exit(EXIT_INTERRUPTED) from error
-        except MvitExportError as error:
-            terminal.error(error)
-            raise typer.Exit(EXIT_ERROR) from error
-        except Exception as error:  # a bug of ours: still one line and never the exit code of a failed check
-            message = f"internal error, {type(error).__name__}: {error}; -v shows where, please report it"
-            terminal.error(RuntimeError(message).with_traceback(error.__traceback__))
-            raise typer.Exit(EXIT_ERROR) from error
+app.command()(bench)
 
 
 def main(args: list[str] | None = None) -> NoReturn:
