@@ -1,0 +1,424 @@
+"""The part of the harness that runs where the model runs: a fresh process here, a Raspberry Pi, an emulated ARM, a Mac.
+
+One self-contained file for Python 3.8 or newer: standard library, numpy and the runtime found there. It answers one
+JSON line on stdout for each JSON line on stdin, and at the end of its input, which a lost connection is too, removes
+its scratch folder and itself with it.
+
+    python runner.py [--scratch DIR]
+"""
+
+from __future__ import annotations
+
+import base64
+import gc
+import glob
+import importlib
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from typing import IO, Any, Callable
+
+try:
+    import numpy as np
+except ImportError:  # answered with a reason, once a model is to be opened
+    np = None  # type: ignore[assignment]
+
+Call = Callable[[Any], "dict[str, Any]"]  # one array in, every output by name
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider", "xnnpack": "XnnpackExecutionProvider", "coreml": "CoreMLExecutionProvider",
+    "nnapi": "NnapiExecutionProvider", "qnn": "QNNExecutionProvider",
+}  # fmt: skip
+COMPUTE_UNITS = {
+    "all": "ALL", "cpuOnly": "CPU_ONLY", "cpuAndGPU": "CPU_AND_GPU", "cpuAndNeuralEngine": "CPU_AND_NE",
+}  # fmt: skip
+COPY_BYTES = 1 << 27  # of the bandwidth probe: several times any cache
+
+
+class Refusal(Exception):
+    """An answer other than a result. `kind`: unavailable (cannot be done here) or rejected (the file is at fault)."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Runner:
+    """The state of one process: at most one open model and the array that is fed to it."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.call: Call | None = None
+        self.array: Any = None
+        self.base_mb = 0.0
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            action = getattr(self, "do_" + request.pop("do"))
+            return {"ok": action(**request)}
+        except Refusal as refusal:
+            return {"error": {"kind": refusal.kind, "message": str(refusal)}}
+        except Exception as error:  # every runtime has its own exception types
+            return {"error": {"kind": "failed", "message": one_line(error)}}
+
+    def do_hello(self) -> dict[str, Any]:
+        return {
+            "python": platform.python_version(), "system": platform.system(), "machine": platform.machine(),
+            "cpu": cpu_name(), "cores": len(allowed_cpus()), "load_average": load_average(),
+            "runtimes": found_runtimes(),
+        }  # fmt: skip
+
+    def do_open(self, model: str, runtime: str, threads: int, pin: bool = False) -> dict[str, Any]:
+        """Load the model once, cold: after its pages were dropped from the system's file cache, where that can be."""
+        if np is None:
+            raise Refusal("unavailable", f"numpy is not installed beside {sys.executable}: pip install numpy")
+        cpus = pin_to(threads) if pin else None
+        name, version, opener = RUNTIMES[runtime.partition(":")[0]](runtime, threads)
+        self.base_mb = memory_mb()
+        evicted = evict(model)
+        start = self.clock()
+        try:
+            self.call, executed = opener(model)
+        except Refusal:
+            raise
+        except Exception as error:
+            raise Refusal("rejected", f"{model} is rejected by {name}: {one_line(error)}") from error
+        self.reload = opener, model
+        load_ms = 1e3 * (self.clock() - start)
+        return {"runtime": f"{name} {version} {executed}", "load_ms": load_ms, "evicted": evicted, "cpus": cpus}
+
+    def do_feed(self, shape: list[int], dtype: str, seed: int = 0) -> dict[str, Any]:
+        """Random input, never zeros: sparsity and denormals change some kernels' time. Gives the first run's time."""
+        generator = np.random.default_rng(seed)
+        integers = np.dtype(dtype).kind == "u"
+        array = generator.integers(0, 256, shape) if integers else generator.standard_normal(shape)
+        self.array = array.astype(dtype)
+        return {"first_ms": self.time_one()}
+
+    def do_run(self, input: dict[str, Any]) -> dict[str, Any]:
+        assert self.call is not None
+        return {"outputs": {name: pack(np.asarray(value)) for name, value in self.call(unpack(input)).items()}}
+
+    def do_sample(self, count: int) -> dict[str, Any]:
+        """`count` times in ms, after one untimed run that brings caches back from whatever ran in between."""
+        gc.disable()
+        try:
+            self.time_one()
+            return {"ms": [self.time_one() for _ in range(count)]}
+        finally:
+            gc.enable()
+
+    def do_finish(self) -> dict[str, Any]:
+        """Peak memory of the model (the process's, less the bare runtime's), then the time of a warm load."""
+        peak = max(0.0, memory_mb(peak=True) - self.base_mb)
+        opener, model = self.reload
+        self.call = None
+        start = self.clock()
+        self.call, _ = opener(model)
+        return {"peak_rss_mb": peak, "load_warm_ms": 1e3 * (self.clock() - start)}
+
+    def do_bandwidth(self, threads: int) -> dict[str, Any]:
+        """Bytes read and written a second by `threads` threads that copy arrays larger than the caches."""
+        size = COPY_BYTES // threads
+        pairs = [(np.ones(size, np.uint8), np.ones(size, np.uint8)) for _ in range(threads)]
+        best = min(self.copy(pairs) for _ in range(5))
+        return {"gbs": 2 * size * threads / best / 1e9}
+
+    def copy(self, pairs: list[Any]) -> float:
+        workers = [threading.Thread(target=np.copyto, args=pair) for pair in pairs]
+        start = self.clock()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return self.clock() - start
+
+    def do_profile(self, format: str, model: str, threads: int, runs: int) -> dict[str, Any]:
+        profiling = importlib.import_module("profiling")  # the file beside this one
+        try:
+            return {"ops": profiling.profile(format, model, self.array, threads=threads, runs=runs)}
+        except profiling.ProfilerUnavailable as error:
+            raise Refusal("unavailable", str(error)) from error
+
+    def do_placement(self, model: str, runtime: str) -> dict[str, Any]:
+        """Which device Core ML plans for each operation, by MLComputePlan."""
+        return coreml_placement(model, runtime)
+
+    def time_one(self) -> float:
+        assert self.call is not None
+        start = self.clock()
+        self.call(self.array)
+        return 1e3 * (self.clock() - start)
+
+
+# Runtimes: each function takes the option behind the colon and gives (name, version, open(model) -> (call, what ran))
+
+
+def onnx_runtime(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Call, str]]]:
+    ort = import_runtime("onnxruntime")
+    provider = PROVIDERS[spec.partition(":")[2] or "cpu"]
+    if provider not in ort.get_available_providers():
+        there = ", ".join(ort.get_available_providers())
+        raise Refusal("unavailable", f"this onnxruntime {ort.__version__} has no {provider}, only {there}")
+
+    def open_model(path: str) -> tuple[Call, str]:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        # XNNPACK has a thread pool of its own, which ORT's spinning threads would fight for the cores.
+        settings = {"intra_op_num_threads": str(threads)} if provider == PROVIDERS["xnnpack"] else {}
+        if settings:
+            options.intra_op_num_threads = 1
+        session = ort.InferenceSession(path, options, providers=[(provider, settings)])
+        if provider not in session.get_providers():
+            raise Refusal(
+                "unavailable", f"{provider} did not start; onnxruntime fell back to {session.get_providers()}"
+            )
+        (name,) = [node.name for node in session.get_inputs()]
+        names = [node.name for node in session.get_outputs()]
+        executed = provider.replace("ExecutionProvider", "")
+        return (lambda array: dict(zip(names, session.run(names, {name: array})))), executed
+
+    return "onnxruntime", ort.__version__, open_model
+
+
+def litert(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Call, str]]]:
+    """XNNPACK by default; `litert:builtin` without it; `litert:delegate=PATH` through a delegate library."""
+    option, _, library = spec.partition(":")[2].partition("=")
+    name, module = litert_module()
+    version = distribution_version(name)
+
+    def open_model(path: str) -> tuple[Call, str]:
+        settings: dict[str, Any] = {"model_path": path, "num_threads": threads}
+        executed = "CPU XNNPACK"
+        if option == "builtin":
+            settings["experimental_op_resolver_type"] = module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            executed = "CPU builtin kernels"
+        if option == "delegate":
+            settings["experimental_delegates"] = [load_delegate(module, library)]
+            executed = os.path.basename(library)
+        interpreter = module.Interpreter(**settings)
+        interpreter.allocate_tensors()  # part of loading; left alone, the first run would do it
+        runner = interpreter.get_signature_runner()
+        (input_name,) = runner.get_input_details()
+        return (lambda array: dict(runner(**{input_name: array}))), executed
+
+    return name, version, open_model
+
+
+def load_delegate(module: Any, library: str) -> Any:
+    try:
+        return module.load_delegate(library)
+    except Exception as error:
+        raise Refusal("unavailable", f"the delegate {library} does not load: {one_line(error)}") from error
+
+
+def coreml(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Call, str]]]:
+    """Core ML chooses its own threads; the option is one of its compute units."""
+    if platform.system() != "Darwin":
+        raise Refusal(
+            "unavailable",
+            f"Core ML runs on macOS only, this is {platform.system()}; "
+            "the reference executor proves files, its time is no latency",
+        )
+    ct = import_runtime("coremltools")
+    units = spec.partition(":")[2] or "all"
+
+    def open_model(path: str) -> tuple[Call, str]:
+        model = ct.models.MLModel(path, compute_units=getattr(ct.ComputeUnit, COMPUTE_UNITS[units]))
+        (name,) = [i.name for i in model.get_spec().description.input]
+        return (lambda array: model.predict({name: as_picture(array)})), units
+
+    return "Core ML", "macOS " + platform.mac_ver()[0], open_model
+
+
+def as_picture(array: Any) -> Any:
+    """uint8 (1, H, W, 3) as the PIL image that Core ML's image inputs take; other arrays as they are."""
+    if array.dtype != np.uint8:
+        return array
+    from PIL import Image
+
+    return Image.fromarray(array[0])
+
+
+def coreml_placement(model: str, runtime: str) -> dict[str, Any]:
+    ct = import_runtime("coremltools")
+    units = getattr(ct.ComputeUnit, COMPUTE_UNITS[runtime.partition(":")[2] or "all"])
+    compiled = ct.models.MLModel(model, compute_units=units).get_compiled_model_path()
+    plan = ct.models.compute_plan.MLComputePlan.load_from_path(path=compiled, compute_units=units)
+    counts: dict[str, int] = {}
+    for operation in plan.model_structure.program.functions["main"].block.operations:
+        usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
+        if usage is not None:  # constants are placed nowhere
+            device = type(usage.preferred_compute_device).__name__
+            counts[device] = counts.get(device, 0) + 1
+    return counts
+
+
+def pytorch(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Call, str]]]:
+    """The reference model in eager mode, rebuilt from the artifact beside the model file: takes this package."""
+    torch = import_runtime("torch")
+    torch.set_num_threads(threads)
+
+    def open_model(path: str) -> tuple[Call, str]:
+        from pathlib import Path
+
+        from mvit_export.artifact import read_manifest
+        from mvit_export.models.load import name_outputs, rebuild_model
+
+        module = rebuild_model(read_manifest(Path(path).parent)).module
+
+        def call(array: Any) -> dict[str, Any]:
+            with torch.inference_mode():
+                return {name: value.numpy() for name, value in name_outputs(module(torch.from_numpy(array))).items()}
+
+        return call, "CPU eager"
+
+    return "torch", torch.__version__, open_model
+
+
+RUNTIMES = {"onnxruntime": onnx_runtime, "litert": litert, "coreml": coreml, "pytorch": pytorch}
+
+
+def litert_module() -> tuple[str, Any]:
+    reasons = []
+    for distribution, module in (("ai-edge-litert", "ai_edge_litert"), ("tflite-runtime", "tflite_runtime")):
+        try:
+            return distribution, importlib.import_module(module + ".interpreter")
+        except (ImportError, AttributeError) as error:  # numpy 2 breaks tflite-runtime with either
+            if not isinstance(error, ModuleNotFoundError) or not str(error.name).startswith(module):
+                reasons.append(f"{distribution} does not import beside numpy {np.__version__} ({one_line(error)})")
+    raise Refusal("unavailable", "; ".join(reasons) or "no TFLite runtime is installed: pip install ai-edge-litert")
+
+
+def import_runtime(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Refusal("unavailable", f"{name} does not import ({one_line(error)}): pip install {name}") from error
+
+
+# The machine
+
+
+def found_runtimes() -> dict[str, str]:
+    names = ("numpy", "onnxruntime", "ai-edge-litert", "tflite-runtime", "coremltools", "torch")
+    versions = {name: distribution_version(name) for name in names}
+    return {name: version for name, version in versions.items() if version}
+
+
+def distribution_version(name: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def cpu_name() -> str:
+    """The processor's model, or its architecture where the system does not say."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            fields = dict(line.split(":", 1) for line in file if ":" in line)
+        named = {key.strip(): value.strip() for key, value in fields.items()}
+        return named.get("model name") or named.get("Model") or named.get("Hardware") or platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def allowed_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def pin_to(threads: int) -> list[int] | None:
+    """Stay on the last `threads` cores, which on big.LITTLE boards are the big ones; None where that cannot be."""
+    cpus = allowed_cpus()
+    if threads > len(cpus):
+        raise Refusal("unavailable", f"{threads} threads were asked for, this process may use {len(cpus)} cores")
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    os.sched_setaffinity(0, cpus[-threads:])
+    return cpus[-threads:]
+
+
+def load_average() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def memory_mb(*, peak: bool = False) -> float:
+    """Resident memory of this process. Linux' ru_maxrss would count the parent's, which exec does not reset."""
+    try:
+        with open("/proc/self/status") as file:
+            fields = dict(line.split(":", 1) for line in file if ":" in line)
+        return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) / 1024
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS; the peak for both
+
+
+def evict(model: str) -> bool:
+    """Drop a model's files from the page cache; False where the system has no call for it."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    paths = glob.glob(os.path.join(model, "**"), recursive=True) if os.path.isdir(model) else [model]
+    for path in filter(os.path.isfile, paths):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # only clean pages can be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+# The protocol
+
+
+def pack(array: Any) -> dict[str, Any]:
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "data": data}
+
+
+def unpack(packed: dict[str, Any]) -> Any:
+    return np.frombuffer(base64.b64decode(packed["data"]), packed["dtype"]).reshape(packed["shape"])
+
+
+def one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def serve(requests: IO[str], replies: IO[str]) -> None:
+    runner = Runner()
+    for line in requests:
+        replies.write(json.dumps(runner.answer(json.loads(line))) + "\n")
+        replies.flush()
+
+
+def stop(*_: object) -> None:
+    sys.exit(1)  # so that the scratch folder goes
+
+
+def main(arguments: list[str]) -> None:
+    scratch = arguments[1] if arguments[:1] == ["--scratch"] else None
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what runtimes print must not break the protocol
+    try:
+        serve(sys.stdin, replies)
+    except BrokenPipeError:
+        pass  # nobody reads any more
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
