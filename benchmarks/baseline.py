@@ -34,7 +34,7 @@ class Baseline:
         if path is None:
             raise UsageError("--max-slowdown says how much slower than --baseline FILE or ARTIFACT; name one")
         share = 0.0 if max_slowdown is None else max_slowdown
-        if path.is_dir() or not path.suffix == ".json":
+        if path.is_dir() or path.suffix != ".json":
             return cls(share, artifacts=(path,))
         try:
             report = json.loads(path.read_text(encoding="utf-8"))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mvit_export.artifact import Artifact, now, write_json
-from mvit_export.benchmarks.devices import Device
+from mvit_export.artifact import find_artifacts, now, read_artifact, write_json
+from mvit_export.benchmarks.baseline import Baseline
+from mvit_export.benchmarks.devices import Device, open_device
 from mvit_export.benchmarks.probe import Probe
 from mvit_export.benchmarks.roofline import Roofline, measure_roofline
-from mvit_export.benchmarks.settings import Setting
-from mvit_export.benchmarks.timing import Plan, Ratio, Series, measure, median_interval, ratio
-from mvit_export.errors import DeviceError, MissingDependencyError, RuntimeUnavailable
+from mvit_export.benchmarks.settings import Setting, plan_settings
+from mvit_export.benchmarks.timing import Plan, Series, measure, median_interval, ratio
+from mvit_export.errors import ArtifactError, DeviceError, MissingDependencyError, RuntimeUnavailable
+from mvit_export.formats import parse_size
 
 MEASURED, NOT_RUN = "measured", "not-run"
 FIGURES = (
@@ -56,76 +57,105 @@ def run_bench(
 ) -> dict[str, Any]:
     """What the command does: find the artifacts, measure them, hold them against a baseline, store latency.json."""
     reference = Baseline.read(baseline, max_slowdown)
-    artifacts = [read_artifact(place) for path in [*reference.artifacts, *paths] for place in find_artifacts(path)]
+    beside = reference.artifacts if reference else ()
+    places = dict.fromkeys(place for path in [*beside, *paths] for place in find_artifacts(path))
+    artifacts = [read_artifact(place) for place in places]
     settings = plan_settings(
         artifacts, runtimes=runtimes, threads=threads, batches=batches, sizes=[parse_size(size) for size in sizes]
     )
     with open_device(device, python=device_python) as entered:
-        report = bench(settings, entered, options=options, on_step=on_step)
-    reference.judge(report)
-    for note in store(report, device):
-        on_step(note)
+        report = Bench(entered, options or Options(), on_step).run(settings)
+    if reference:
+        reference.judge(report)
+    store(report)
     return report
 
 
-def bench(settings: Sequence[Setting], device: Device, *, options: Options | None = None, on_step: Step = lambda _: None) -> dict[str, Any]:
-    """Measure every setting on an entered device; the document of `bench --json`.
+Running = list[tuple[dict[str, Any], Probe]]  # the row of each loaded model
+
+
+@dataclass
+class Bench:
+    """Measures settings on an entered device, and remembers the peaks it found.
 
     Raises DeviceError where the device gives no latency or is lost, ArtifactError where a runtime rejects a file,
     RuntimeUnavailable where a runtime that was asked for by name cannot be had; one taken by default is NOT-RUN then.
     """
-    if device.latency_refusal:
-        raise DeviceError(device.latency_refusal)
-    options = options or Options()
-    environment: dict[str, Any] = {"created": now(), "device": device.name, "plan": vars(options.plan)}
-    rows: list[dict[str, Any]] = []
-    peaks: dict[tuple[str, int], Roofline | str] = {}
-    for _, members in itertools.groupby(settings, key=lambda setting: setting.group):
-        rows += bench_group(list(members), device, options, peaks, environment, on_step)
-    missing = any(row["status"] == NOT_RUN for row in rows)
-    return {"status": "not-run" if missing else "pass", "environment": environment, "results": rows}
 
+    device: Device
+    options: Options = field(default_factory=Options)
+    on_step: Step = lambda _: None
+    environment: dict[str, Any] = field(default_factory=dict)
+    peaks: dict[tuple[str, int], Roofline] = field(default_factory=dict)
 
-def bench_group(
-    settings: Sequence[Setting],
-    device: Device,
-    options: Options,
-    peaks: dict[tuple[str, int], Roofline | str],
-    environment: dict[str, Any],
-    on_step: Step,
-) -> list[dict[str, Any]]:
-    """Sample the settings of one group in turn; a row for each, those that cannot run here with the reason."""
-    rows = [blank_row(setting, device) for setting in settings]
-    with ExitStack() as stack:
-        running: list[tuple[dict[str, Any], Probe]] = []
+    def run(self, settings: Sequence[Setting]) -> dict[str, Any]:
+        """The document of `bench --json`."""
+        if self.device.latency_refusal:
+            raise DeviceError(self.device.latency_refusal)
+        rows: list[dict[str, Any]] = []
+        for _, members in itertools.groupby(settings, key=lambda setting: setting.group):
+            rows += self.run_group(list(members))
+        missing = any(row["status"] == NOT_RUN for row in rows)
+        started = {"created": now(), "device": self.device.name, "plan": asdict(self.options.plan)}
+        return {
+            "status": "not-run" if missing else "pass",
+            "environment": started | self.environment,
+            "results": rows,
+        }
+
+    def run_group(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+        """Sample the settings in turn; a row for each, those that cannot run here with the reason."""
+        rows = [blank_row(setting, self.device) for setting in settings]
+        with ExitStack() as stack:
+            running = self.load(stack, settings, rows)
+            if running:
+                self.sample(running)
+        if self.options.roofline:
+            for row, probe in running:
+                self.on_step(f"peak of {row['runtime']}")
+                row |= or_warning(row, "roofline", self.judge, row, probe.setting)
+        return rows
+
+    def load(self, stack: ExitStack, settings: Sequence[Setting], rows: Sequence[dict[str, Any]]) -> Running:
+        running: Running = []
         for setting, row in zip(settings, rows, strict=True):
-            on_step(f"loading {setting.artifact.path}")
+            self.on_step(f"loading {setting.artifact.path}")
             try:
-                running.append((row, stack.enter_context(Probe(setting, device, pin=options.pin))))
+                probe = stack.enter_context(Probe(setting, self.device, pin=self.options.pin))
             except RuntimeUnavailable as error:
                 if setting.asked:
                     raise
                 row["reason"] = str(error)
-        if not running:
-            return rows
-        environment.update(running[0][1].environment)
+            else:
+                running.append((row, probe))
+                self.environment.update(probe.environment)
+        return running
+
+    def sample(self, running: Running) -> None:
+        """Fill the rows: all processes in turn first, then what each is asked alone."""
         names = ", ".join(probe.setting.artifact.path.name for _, probe in running)
         series = measure(
-            [probe.sample for _, probe in running], options.plan, on_round=lambda n: on_step(f"round {n} of {names}")
+            [probe.sample for _, probe in running],
+            self.options.plan,
+            on_round=lambda count: self.on_step(f"round {count} of {names}"),
         )
         for (row, probe), found in zip(running, series, strict=True):
             row |= figures(probe, found) | {"status": MEASURED}
             row["ratio"] = ratio_row(found, series[0], running[0][0]) if found is not series[0] else None
-            on_step(f"{row['path']}: a second load{', profile' * options.profile}")
-            row |= probe.finish()
-            if options.profile:
-                row |= or_warning(row, "profile", lambda probe=probe: probe.profile(PROFILE_RUNS))
-            row["placement"] = probe.placement()
-    if options.roofline:
-        for row, probe in running:
-            on_step(f"peak of {row['runtime']}")
-            row |= or_warning(row, "roofline", lambda row=row, probe=probe: judge(row, probe, device, peaks))
-    return rows
+            self.on_step(f"{row['path']}: memory and a second load")
+            row |= probe.finish() | {"placement": probe.placement()}
+            if self.options.profile:
+                row |= or_warning(row, "profile", probe.profile, PROFILE_RUNS)
+        flag_slower_siblings(running, series)
+
+    def judge(self, row: Mapping[str, Any], setting: Setting) -> dict[str, float] | None:
+        """The row against the peak of its runtime, which is measured once for each number of threads."""
+        if setting.runtime == "pytorch" or row["macs"] is None:
+            return None
+        key = setting.runtime, setting.threads
+        if key not in self.peaks:
+            self.peaks[key] = measure_roofline(setting.runtime, row["format"], setting.threads, self.device)
+        return self.peaks[key].judge(macs=row["macs"], weight_bytes=row["bytes"], median_ms=row["median_ms"])
 
 
 def blank_row(setting: Setting, device: Device) -> dict[str, Any]:
@@ -157,39 +187,56 @@ def figures(probe: Probe, series: Series) -> dict[str, Any]:
 def unsettled(series: Series) -> str:
     low, high = median_interval(series.rounds)
     width = 50 * (high - low) / series.median
-    return f"the median is known to within {width:.1f} % only: the time budget ended; a quieter machine or --budget helps"
+    return (
+        f"the median is known to within {width:.1f} % only: the time budget ended; a quieter machine or --budget helps"
+    )
 
 
 def ratio_row(series: Series, base: Series, base_row: Mapping[str, Any]) -> dict[str, Any]:
     found = ratio(series.rounds, base.rounds)
-    return {"to": f"{base_row['path']} in {base_row['runtime']}", "median": found.median, "interval": list(found.interval)}
+    name = f"{base_row['path']} in {base_row['runtime']}"
+    return {"to": name, "median": found.median, "interval": list(found.interval)}
 
 
-def or_warning(row: dict[str, Any], name: str, find: Callable[[], Any]) -> dict[str, Any]:
-    """`{name: found}`; where it cannot be had here the row says so in words, as no figure was asked to stand for it."""
+def flag_slower_siblings(running: Running, series: Sequence[Series]) -> None:
+    """Say in words which file of fewer bits is slower than its own fp32 file in the same runtime."""
+    full = {
+        (row["model"], probe.setting.runtime): found
+        for (row, probe), found in zip(running, series, strict=True)
+        if row["precision"] == "fp32"
+    }
+    for (row, probe), found in zip(running, series, strict=True):
+        sibling = full.get((row["model"], probe.setting.runtime))
+        if sibling is None or sibling is found or probe.setting.runtime == "pytorch":
+            continue
+        against = ratio(found.rounds, sibling.rounds)
+        if against.interval[0] > 1:
+            row["warnings"].append(f"{row['precision']} is SLOWER than its fp32 sibling here: {against} times its time")
+
+
+def or_warning(row: dict[str, Any], name: str, find: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """`{name: find(*arguments)}`; where it cannot be had here the row says so in words."""
     try:
-        return {name: find()}
+        return {name: find(*arguments)}
     except (RuntimeUnavailable, MissingDependencyError) as error:
         return {"warnings": [*row["warnings"], f"no {name}: {error}"]}
 
 
-def judge(row: Mapping[str, Any], probe: Probe, device: Device, peaks: dict[tuple[str, int], Any]) -> dict[str, float] | None:
-    """The row against the peak of its runtime, which is measured once for each number of threads."""
-    if probe.setting.runtime == "pytorch" or row["macs"] is None:
-        return None
-    key = probe.setting.runtime, probe.setting.threads
-    if key not in peaks:
-        peaks[key] = measure_roofline(probe.setting.runtime, row["format"], probe.setting.threads, device)
-    return peaks[key].judge(macs=row["macs"], weight_bytes=row["bytes"], median_ms=row["median_ms"])
-
-
-def store(report: Mapping[str, Any], device: Device) -> list[str]:
-    """Write each artifact's rows to its latency.json; the paths."""
-    written = []
+def store(report: dict[str, Any]) -> None:
+    """Write each artifact's rows to its latency.json; a read-only artifact is measured all the same and says so."""
+    device = report["environment"]["device"]
     for path in dict.fromkeys(row["path"] for row in report["results"]):
         rows = [row for row in report["results"] if row["path"] == path]
         missing = any(row["status"] == NOT_RUN for row in rows)
-        file = Path(path) / record_name("latency", device.name)
-        write_json(file, {**report, "status": "not-run" if missing else "pass", "results": rows})
-        written.append(str(file))
-    return written
+        try:
+            file = Path(path) / record_name("latency", device)
+            write_json(file, {**report, "status": "not-run" if missing else "pass", "results": rows})
+        except ArtifactError as error:
+            for row in rows:
+                row["warnings"].append(str(error))
+
+
+def record_name(kind: str, device: str) -> str:
+    """`latency.json` for this machine, `latency.ssh-pi.json` for another: one never replaces the other's figures."""
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
+    return f"{kind}.json" if device == "local" else f"{kind}.{slug}.json"

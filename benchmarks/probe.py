@@ -26,9 +26,15 @@ class Probe:
         self.worker = start_runner(device)
         try:
             self.machine = self.worker.ask("hello", timeout=START_TIMEOUT)
+            device.describe(self.machine)  # refuses the wrong machine
             self.model = model_on(device, setting.artifact, setting.runtime)
             opened = self.worker.ask(
-                "open", model=self.model, runtime=setting.runtime, threads=setting.threads, pin=pin, timeout=LOAD_TIMEOUT
+                "open",
+                model=self.model,
+                runtime=setting.runtime,
+                threads=setting.threads,
+                pin=pin,
+                timeout=LOAD_TIMEOUT,
             )
             self.runtime, self.load_ms, self.affinity = opened["runtime"], opened["load_ms"], opened["cpus"]
             shape, dtype = setting.feed
@@ -58,6 +64,11 @@ class Probe:
             threads=self.setting.threads, runs=runs, timeout=SAMPLE_TIMEOUT,
         )["ops"]  # fmt: skip
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The machine that ran, for the report."""
+        return {**self.machine, "tools": self.machine["runtimes"], "affinity": self.affinity}
+
     def __enter__(self) -> Probe:
         return self
 
@@ -76,4 +87,3 @@ def model_on(device: Device, artifact: Artifact, runtime: str) -> str:
     if device.name == "local":
         return str(artifact.model_path.resolve())
     return device.put(artifact.model_path, f"{artifact.path.name}-{artifact.model_path.name}")
-

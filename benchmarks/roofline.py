@@ -94,18 +94,19 @@ def write_tflite(path: Path) -> None:
         return record(schema.TensorT, name=name, shape=[SIDE, SIDE], type=schema.TensorType.FLOAT32, buffer=buffer)
 
     builtin = schema.BuiltinOperator.FULLY_CONNECTED
+    code = record(schema.OperatorCodeT, builtinCode=builtin, deprecatedBuiltinCode=builtin)
     operator = record(
         schema.OperatorT, opcodeIndex=0, inputs=[0, 1, -1], outputs=[2],
         builtinOptionsType=schema.BuiltinOptions.FullyConnectedOptions, builtinOptions=schema.FullyConnectedOptionsT(),
     )  # fmt: skip
     tensors = [tensor("x", 0), tensor("w", 1), tensor("y", 0)]
     graph = record(schema.SubGraphT, tensors=tensors, inputs=[0], outputs=[2], operators=[operator], name="main")
-    ends = [[record(schema.TensorMapT, name=name, tensorIndex=index)] for name, index in (("x", 0), ("y", 2))]
+    x, y = ([record(schema.TensorMapT, name=name, tensorIndex=index)] for name, index in (("x", 0), ("y", 2)))
+    signature = record(schema.SignatureDefT, signatureKey="serving_default", inputs=x, outputs=y, subgraphIndex=0)
+    buffers = [schema.BufferT(), record(schema.BufferT, data=weights().view(np.uint8).ravel())]
     model = record(
-        schema.ModelT, version=3, operatorCodes=[record(schema.OperatorCodeT, builtinCode=builtin, deprecatedBuiltinCode=builtin)],
-        subgraphs=[graph], buffers=[schema.BufferT(), record(schema.BufferT, data=weights().view(np.uint8).ravel())],
-        signatureDefs=[record(schema.SignatureDefT, signatureKey="serving_default", inputs=ends[0], outputs=ends[1], subgraphIndex=0)],
-    )  # fmt: skip
+        schema.ModelT, version=3, operatorCodes=[code], subgraphs=[graph], buffers=buffers, signatureDefs=[signature]
+    )
     flatbuffer_utils.write_model(model, str(path))
 
 
@@ -123,5 +124,3 @@ def write_coreml(path: Path) -> None:
 
 SUFFIXES = {"onnx": ".onnx", "tflite": ".tflite", "coreml": ".mlpackage"}
 WRITERS: dict[str, Callable[[Path], None]] = {"onnx": write_onnx, "tflite": write_tflite, "coreml": write_coreml}
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,16 +62,22 @@ def plan_settings(
 ) -> list[Setting]:
     """Every combination, those of one group side by side. Refuses what no artifact can satisfy, before any work."""
     named = [check_runtime(runtime) for runtime in runtimes]
+    # One artifact stands for all that were exported from the same weights where PyTorch itself is measured.
+    references = {a.manifest.weights.state_sha256: a for a in reversed(artifacts)}.values()
     found = []
-    for count in threads:
-        for artifact in artifacts:
-            fits = [r for r in named if takes(r, artifact)] or [DEFAULT_RUNTIMES[artifact.manifest.format]]
-            shapes = input_shapes(artifact, batches=batches, sizes=sizes)
-            found += [Setting(artifact, r, r in named, count, shape) for shape in shapes for r in fits]
+    for count, artifact in itertools.product(threads, artifacts):
+        fits = [r for r in named if takes(r, artifact)] or [DEFAULT_RUNTIMES[artifact.manifest.format]]
+        for shape in input_shapes(artifact, batches=batches, sizes=sizes):
+            found += [
+                Setting(artifact, r, r in named, count, shape)
+                for r in fits
+                if r != "pytorch" or any(artifact is reference for reference in references)
+            ]
     for runtime in named:
         if not any(setting.runtime == runtime for setting in found):
-            formats = ", ".join(sorted({a.manifest.format for a in artifacts}))
-            raise UsageError(f"--runtime {runtime} takes {RUNTIMES[runtime.partition(':')[0]][0]} files, given: {formats}")
+            given = ", ".join(sorted({a.manifest.format for a in artifacts}))
+            taken = RUNTIMES[runtime.partition(":")[0]][0]
+            raise UsageError(f"--runtime {runtime} takes {taken} files, given: {given}")
     return sorted(found, key=lambda setting: [s.group for s in found].index(setting.group))
 
 
@@ -95,7 +102,7 @@ def takes(runtime: str, artifact: Artifact) -> bool:
 def input_shapes(
     artifact: Artifact, *, batches: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> list[tuple[int, ...]]:
-    """The artifact's input shapes for these batches and sizes; a file with other ones is an error that lists its own."""
+    """The artifact's input shapes for these batches and sizes. Raises UsageError, listing its own, for others."""
     spec = artifact.manifest.inputs[0]
     shapes = [shape_of_size(artifact, spec, size) for size in sizes] or [spec.shape]
     if spec.shape[0] is not None and any(batch != spec.shape[0] for batch in batches if batch != 1):

@@ -48,6 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
 def show_version(value: bool) -> None:
     if value:
         typer.echo(f"mvit-export {__version__}")

@@ -95,7 +95,9 @@ def print_row(terminal: Terminal, row: dict[str, Any]) -> None:
         terminal.print("  ", Text("NOT-RUN", style=STYLES["not-run"]), row["reason"])
         return
     low, high = row["median_interval_ms"]
-    line = f"  median {row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]  p90 {row['p90_ms']:.2f}  p99 {row['p99_ms']:.2f}"
+    line = (
+        f"  median {row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]  p90 {row['p90_ms']:.2f}  p99 {row['p99_ms']:.2f}"
+    )
     if ratio := row["ratio"]:
         line += "  {:.3f}x [{:.3f}, {:.3f}] of the first".format(ratio["median"], *ratio["interval"])
     terminal.print(f"{line}  min {row['min_ms']:.2f}  ({len(row['samples_ms'])} samples)")
