@@ -40,7 +40,7 @@ COPY_BYTES = 1 << 27  # of the bandwidth probe: several times any cache
 
 
 class Refusal(Exception):
-    """An answer other than a result. `kind`: unavailable (cannot be done here) or rejected (the file is at fault)."""
+    """An answer other than a result. `kind`: unavailable (cannot be done here), rejected (the file's fault) or misuse."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -341,7 +341,7 @@ def pin_to(threads: int) -> list[int] | None:
     """Stay on the last `threads` cores, which on big.LITTLE boards are the big ones; None where that cannot be."""
     cpus = allowed_cpus()
     if threads > len(cpus):
-        raise Refusal("unavailable", f"{threads} threads were asked for, this process may use {len(cpus)} cores")
+        raise Refusal("misuse", f"{threads} threads were asked for, this process may use {len(cpus)} cores")
     if not hasattr(os, "sched_setaffinity"):
         return None
     os.sched_setaffinity(0, cpus[-threads:])

@@ -27,8 +27,8 @@ class Plan:
     precision: float = 0.02  # half the width of the 95 % interval over the median
     round_ms: float = 60.0  # of each subject in a round: short, so that neighbours in a round see one machine
     min_rounds: int = 15
-    settle: float = 0.02  # warm-up ends when a chunk is faster than the one before by less than this
-    max_warmup: int = 20  # chunks
+    settle: float = 0.02  # warm-up goes on while chunks get faster by more than this
+    patience: int = 3  # chunks
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def measure(
     The order turns round from one round to the next, so that a steady drift favours nobody.
     """
     end = clock() + plan.budget_s * len(subjects)
-    starts = [warm_up(subject, plan) for subject in subjects]
+    starts = [warm_up(subject, plan, clock=clock) for subject in subjects]
     rounds: list[list[tuple[float, ...]]] = [[] for _ in subjects]
     order = list(range(len(subjects)))
     while True:
@@ -99,18 +99,20 @@ class WarmUp:
     count: int  # samples in a round
 
 
-def warm_up(subject: Subject, plan: Plan) -> WarmUp:
-    """Run until it gets no faster: caches, allocators, thread pools and clock rates have settled then."""
-    total, count, previous = 0, 1, float("inf")
-    for _ in range(plan.max_warmup):
+def warm_up(subject: Subject, plan: Plan, *, clock: Callable[[], float] = time.monotonic) -> WarmUp:
+    """Run until it gets no faster: caches, allocators, thread pools and clock rates have settled then.
+
+    That is when `patience` chunks in a row have not beaten the best one; a quarter of the budget ends it as well.
+    """
+    end = clock() + plan.budget_s / 4
+    total, count, best, idle = 0, 1, float("inf"), 0
+    while idle < plan.patience and (total == 0 or clock() < end):
         current = statistics.median(subject(count))
         total += count
-        if count > 1 and current > previous * (1 - plan.settle):
-            break
-        previous, count = current, round_size(current, plan)
-        if count == 1 and total > 1:
-            break  # a single run fills a round; two were made
-    return WarmUp(total, round_size(current, plan))
+        idle = 0 if current < best * (1 - plan.settle) else idle + 1
+        best = min(best, current)
+        count = round_size(best, plan)
+    return WarmUp(total, count)
 
 
 def round_size(ms: float, plan: Plan) -> int:
