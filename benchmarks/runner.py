@@ -21,7 +21,8 @@ import signal
 import sys
 import threading
 import time
-from typing import IO, Any, Callable
+import zipfile
+from typing import IO, Any, Callable, NamedTuple
 
 try:
     import numpy as np
@@ -37,6 +38,14 @@ COMPUTE_UNITS = {
     "all": "ALL", "cpuOnly": "CPU_ONLY", "cpuAndGPU": "CPU_AND_GPU", "cpuAndNeuralEngine": "CPU_AND_NE",
 }  # fmt: skip
 COPY_BYTES = 1 << 27  # of the bandwidth probe: several times any cache
+
+
+class Opened(NamedTuple):
+    """A loaded model: its call, what executes it, and the labels that the file carries."""
+
+    call: Call
+    executed: str
+    labels: list[str] | None = None
 
 
 class Refusal(Exception):
@@ -82,14 +91,15 @@ class Runner:
         evicted = evict(model)
         start = self.clock()
         try:
-            self.call, executed = opener(model)
+            opened = opener(model)
         except Refusal:
             raise
         except Exception as error:
             raise Refusal("rejected", f"{model} is rejected by {name}: {one_line(error)}") from error
-        self.reload = opener, model
+        self.call, self.reload = opened.call, (opener, model)
         load_ms = 1e3 * (self.clock() - start)
-        return {"runtime": f"{name} {version} {executed}", "load_ms": load_ms, "evicted": evicted, "cpus": cpus}
+        runtime = f"{name} {version} {opened.executed}"
+        return {"runtime": runtime, "load_ms": load_ms, "evicted": evicted, "cpus": cpus, "labels": opened.labels}
 
     def do_feed(self, shape: list[int], dtype: str, seed: int = 0) -> dict[str, Any]:
         """Random input, never zeros: sparsity and denormals change some kernels' time. Gives the first run's time."""
@@ -101,7 +111,8 @@ class Runner:
 
     def do_run(self, input: dict[str, Any]) -> dict[str, Any]:
         assert self.call is not None
-        return {"outputs": {name: pack(np.asarray(value)) for name, value in self.call(unpack(input)).items()}}
+        outputs = self.call(unpack(input))  # a Core ML classifier's label and probabilities are no arrays
+        return {"outputs": {name: pack(value) for name, value in outputs.items() if isinstance(value, np.ndarray)}}
 
     def do_sample(self, count: int) -> dict[str, Any]:
         """`count` times in ms, after one untimed run that brings caches back from whatever ran in between."""
@@ -118,7 +129,7 @@ class Runner:
         opener, model = self.reload
         self.call = None
         start = self.clock()
-        self.call, _ = opener(model)
+        self.call = opener(model).call
         return {"peak_rss_mb": peak, "load_warm_ms": 1e3 * (self.clock() - start)}
 
     def do_bandwidth(self, threads: int) -> dict[str, Any]:
@@ -155,17 +166,17 @@ class Runner:
         return 1e3 * (self.clock() - start)
 
 
-# Runtimes: each function takes the option behind the colon and gives (name, version, open(model) -> (call, what ran))
+# Runtimes: each function takes the option behind the colon and gives (name, version, open(model) -> Opened)
 
 
-def onnx_runtime(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Call, str]]]:
+def onnx_runtime(spec: str, threads: int) -> tuple[str, str, Callable[[str], Opened]]:
     ort = import_runtime("onnxruntime")
     provider = PROVIDERS[spec.partition(":")[2] or "cpu"]
     if provider not in ort.get_available_providers():
         there = ", ".join(ort.get_available_providers())
         raise Refusal("unavailable", f"this onnxruntime {ort.__version__} has no {provider}, only {there}")
 
-    def open_model(path: str) -> tuple[Call, str]:
+    def open_model(path: str) -> Opened:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -181,18 +192,23 @@ def onnx_runtime(spec: str, threads: int) -> tuple[str, str, Callable[[str], tup
         (name,) = [node.name for node in session.get_inputs()]
         names = [node.name for node in session.get_outputs()]
         executed = provider.replace("ExecutionProvider", "")
-        return (lambda array: dict(zip(names, session.run(names, {name: array})))), executed
+        labels = session.get_modelmeta().custom_metadata_map.get("labels")
+
+        def call(array: Any) -> dict[str, Any]:
+            return dict(zip(names, session.run(names, {name: array})))
+
+        return Opened(call, executed, json.loads(labels) if labels else None)
 
     return "onnxruntime", ort.__version__, open_model
 
 
-def litert(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Call, str]]]:
+def litert(spec: str, threads: int) -> tuple[str, str, Callable[[str], Opened]]:
     """XNNPACK by default; `litert:builtin` without it; `litert:delegate=PATH` through a delegate library."""
     option, _, library = spec.partition(":")[2].partition("=")
     name, module = litert_module()
     version = distribution_version(name)
 
-    def open_model(path: str) -> tuple[Call, str]:
+    def open_model(path: str) -> Opened:
         settings: dict[str, Any] = {"model_path": path, "num_threads": threads}
         executed = "CPU XNNPACK"
         if option == "builtin":
@@ -205,9 +221,18 @@ def litert(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Cal
         interpreter.allocate_tensors()  # part of loading; left alone, the first run would do it
         runner = interpreter.get_signature_runner()
         (input_name,) = runner.get_input_details()
-        return (lambda array: dict(runner(**{input_name: array}))), executed
+        return Opened(lambda array: dict(runner(**{input_name: array})), executed, packed_labels(path))
 
     return name, version, open_model
+
+
+def packed_labels(path: str) -> list[str] | None:
+    """TFLite metadata packs its label file as a zip at the end of the model."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            return packed.read("labels.txt").decode("utf-8").splitlines()
+    except (zipfile.BadZipFile, KeyError):
+        return None
 
 
 def load_delegate(module: Any, library: str) -> Any:
@@ -217,7 +242,7 @@ def load_delegate(module: Any, library: str) -> Any:
         raise Refusal("unavailable", f"the delegate {library} does not load: {one_line(error)}") from error
 
 
-def coreml(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Call, str]]]:
+def coreml(spec: str, threads: int) -> tuple[str, str, Callable[[str], Opened]]:
     """Core ML chooses its own threads; the option is one of its compute units."""
     if platform.system() != "Darwin":
         raise Refusal(
@@ -228,10 +253,16 @@ def coreml(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Cal
     ct = import_runtime("coremltools")
     units = spec.partition(":")[2] or "all"
 
-    def open_model(path: str) -> tuple[Call, str]:
+    def open_model(path: str) -> Opened:
         model = ct.models.MLModel(path, compute_units=getattr(ct.ComputeUnit, COMPUTE_UNITS[units]))
-        (name,) = [i.name for i in model.get_spec().description.input]
-        return (lambda array: model.predict({name: as_picture(array)})), units
+        description = model.get_spec().description
+        (name,) = [i.name for i in description.input]
+        labels = description.metadata.userDefined.get("labels")
+
+        def call(array: Any) -> dict[str, Any]:
+            return model.predict({name: as_picture(array)})
+
+        return Opened(call, units, json.loads(labels) if labels else None)
 
     return "Core ML", "macOS " + platform.mac_ver()[0], open_model
 
@@ -259,12 +290,12 @@ def coreml_placement(model: str, runtime: str) -> dict[str, Any]:
     return counts
 
 
-def pytorch(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Call, str]]]:
+def pytorch(spec: str, threads: int) -> tuple[str, str, Callable[[str], Opened]]:
     """The reference model in eager mode, rebuilt from the artifact beside the model file: takes this package."""
     torch = import_runtime("torch")
     torch.set_num_threads(threads)
 
-    def open_model(path: str) -> tuple[Call, str]:
+    def open_model(path: str) -> Opened:
         from pathlib import Path
 
         from mvit_export.artifact import read_manifest
@@ -276,7 +307,7 @@ def pytorch(spec: str, threads: int) -> tuple[str, str, Callable[[str], tuple[Ca
             with torch.inference_mode():
                 return {name: value.numpy() for name, value in name_outputs(module(torch.from_numpy(array))).items()}
 
-        return call, "CPU eager"
+        return Opened(call, "CPU eager")
 
     return "torch", torch.__version__, open_model
 

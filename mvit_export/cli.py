@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -10,7 +11,17 @@ import typer
 from typer.core import TyperGroup
 
 from mvit_export import __version__
-from mvit_export.cli_base import EXIT_CODES, EXIT_ERROR, Artifacts, Json, Quiet, Verbose, session
+from mvit_export.cli_base import (
+    EXIT_CODES,
+    EXIT_ERROR,
+    Artifacts,
+    Device,
+    DevicePython,
+    Json,
+    Quiet,
+    Verbose,
+    session,
+)
 from mvit_export.cli_bench import bench
 from mvit_export.errors import UsageError
 from mvit_export.terminal import Terminal, megabytes, status_text
@@ -168,6 +179,8 @@ def verify(
     locate: Annotated[
         bool, typer.Option("--locate", help="Name the first layer at which a file leaves PyTorch.")
     ] = False,
+    device: Device = "local",
+    device_python: DevicePython = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -177,21 +190,34 @@ def verify(
         from mvit_export import parity
 
         results: list[parity.ParityResult] = []
-        with terminal.progress("verify") as step:
+        if locate and device != "local":
+            raise UsageError("--locate looks into files with the runtimes of this machine; leave out --device")
+        with terminal.progress("verify") as step, runtimes_on(device, device_python) as elsewhere:
             for path in artifacts:
 
                 def on_case(done: int, total: int, path: Path = path) -> None:
                     step(f"verify {path}: input {done} of {total}")
 
-                results += parity.verify(path, against=against, weights=weights, find_layer=locate, on_case=on_case)
+                results += parity.verify(
+                    path, against=against, weights=weights, find_layer=locate, on_case=on_case, **elsewhere
+                )
         for result in results:
             print_verdict(terminal, result)
             if result.located:
                 terminal.print(f"        {result.located}")
-            elif result.status == parity.FAIL and against == "pytorch" and not locate:
+            elif result.status == parity.FAIL and against == "pytorch" and not locate and device == "local":
                 terminal.print(f"        which layer: mvit-export verify --locate {result.path}")
         terminal.print_json(parity.summarise(results))
         raise typer.Exit(EXIT_CODES[parity.overall_status(results)])
+
+
+def runtimes_on(device: str, python: str | None) -> AbstractContextManager[dict[str, Any]]:
+    """Keywords for `parity.verify`; none for this machine, whose runtimes it knows."""
+    if (device, python) == ("local", None):
+        return nullcontext({})
+    from mvit_export.benchmarks.remote import device_sessions
+
+    return device_sessions(device, python=python)
 
 
 def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:
@@ -225,13 +251,24 @@ def inspect(artifacts: Artifacts, as_json: Json = False, quiet: Quiet = False, v
 
 
 @app.command()
-def doctor(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show which targets and runtimes work here."""
+def doctor(
+    setup: Annotated[str | None, typer.Option(help="First build what a device needs: arm64, ARM emulation.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show which targets, runtimes and devices work here."""
     with session(as_json, quiet, verbose) as terminal:
+        from mvit_export.benchmarks import arm64, devices
         from mvit_export.doctor import examine
+        from mvit_export.formats import choose
 
+        if setup is not None:
+            choose(setup, ["arm64"], what="--setup")
+            with terminal.progress("arm64") as step:
+                terminal.print(f"arm64 is ready in {arm64.setup(on_step=lambda what: step(f'arm64: {what}'))}")
         with terminal.progress("importing converters and runtimes"):
-            findings = examine()
+            findings = [*examine(), *devices.findings()]
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
             mark = "yes" if finding.works else "no "

@@ -24,6 +24,11 @@ Artifacts = Annotated[
     typer.Argument(metavar="ARTIFACT...", help="Artifact directories, directories of them, or model files inside one."),
 ]
 
+Device = Annotated[
+    str, typer.Option(help="Where files run: local, ssh:HOST, adb:SERIAL, or arm64 (emulated; see doctor).")
+]
+DevicePython = Annotated[str | None, typer.Option(help="The Python of an ssh device (python3), e.g. a venv's.")]
+
 
 @contextmanager
 def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:

@@ -16,7 +16,7 @@ from mvit_export.runtimes import litert_runtime
 
 @dataclass(frozen=True)
 class Finding:
-    kind: str  # target or runtime
+    kind: str  # target, runtime, weights or device
     name: str
     works: bool
     detail: str  # versions, or what is wrong and what to do
@@ -35,7 +35,7 @@ def examine() -> list[Finding]:
         _coreml(),
     ]
     hub = _try("weights", "hub", {"huggingface_hub": "huggingface_hub"}, extra="hub")
-    return [*targets, *runtimes, hub, Finding("device", "local", True, f"{platform.system()} {platform.machine()}")]
+    return [*targets, *runtimes, hub]
 
 
 def _try(kind: str, name: str, modules: Mapping[str, str], *, extra: str) -> Finding:

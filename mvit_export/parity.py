@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from mvit_export.runtimes import Arrays, Overflow, Session, open_torch, openers
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not-run"
 REFERENCES = ("pytorch", "golden")
+Openers = Callable[[Artifact], Sequence[Callable[[Artifact], Session]]]
 PARITY = "parity.json"
 FLOAT32_UNIT, FLOAT64_UNIT = 2.0**-24, 2.0**-53  # unit roundoff
 
@@ -96,6 +98,7 @@ class ParityResult:
     worst_case: str | None = None
     overflow: Overflow | None = None
     located: Located | None = None
+    device: str = "local"  # where the runtime was
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
@@ -198,6 +201,8 @@ def verify(
     weights: str | Path | None = None,
     find_layer: bool = False,
     on_case: Callable[[int, int], None] | None = None,
+    device: str = "local",
+    sessions: Openers = openers,
 ) -> tuple[ParityResult, ...]:
     """Check every artifact that `path` means and write the verdicts to its parity.json.
 
@@ -207,6 +212,8 @@ def verify(
     `against` is "pytorch" (the model rebuilt from its weights; `weights` if they have moved) or "golden" (the stored
     vectors; needs numpy, safetensors and the runtime alone). `find_layer` also names the first layer at which a file
     leaves PyTorch. `on_case(done, total)` is called for progress.
+    `sessions` gives the runtimes for an artifact where these are not the machine's own; `device` names where they are,
+    and the verdict then goes to a file of its own, `record_name(device)`.
     Raises ArtifactError, WeightsError or UsageError where the question itself cannot be asked.
     """
     if against not in REFERENCES:
@@ -215,25 +222,32 @@ def verify(
         raise UsageError("--weights has no use with --against golden, which reads the stored vectors alone")
     if find_layer and against == "golden":
         raise UsageError("--locate compares with PyTorch's layers, which --against golden does without; leave out one")
+    if find_layer and device != "local":
+        raise UsageError("--locate looks into files with the runtimes of this machine; leave out --device")
     places = find_artifacts(path)
     for place in places:
         with suppress(OSError):  # a verdict of yesterday says nothing if today's check ends in an error
-            (place / PARITY).unlink(missing_ok=True)
+            (place / record_name(device)).unlink(missing_ok=True)
     artifacts = [read_artifact(place) for place in places]
     results: list[ParityResult] = []
     for artifact in artifacts:
         pairs = functools.cache(lambda a=artifact: _pairs(a, against, weights))  # computed once, if a runtime works
-        verdicts = [_verify_in(opener, artifact, against, pairs, on_case) for opener in openers(artifact)]
+        verdicts = [_verify_in(opener, artifact, against, pairs, on_case) for opener in sessions(artifact)]
         if find_layer:
             verdicts = [with_location(verdict, artifact, weights) for verdict in verdicts]
-        results += store_verdicts(artifact, verdicts)
+        results += store_verdicts(artifact, [replace(verdict, device=device) for verdict in verdicts])
     return tuple(results)
 
 
+def record_name(device: str) -> str:
+    """The file that keeps a device's verdict: parity.json is this machine's, parity.ssh-pi.json that of ssh:pi."""
+    return PARITY if device == "local" else f"parity.{re.sub(r'[^A-Za-z0-9.]+', '-', device).strip('-.')}.json"
+
+
 def store_verdicts(artifact: Artifact, verdicts: list[ParityResult]) -> list[ParityResult]:
-    """Write parity.json; a read-only artifact is still checked, and its verdicts say that they were not stored."""
+    """Write them beside the model; for a read-only artifact they say that they were not stored."""
     try:
-        write_json(artifact.path / PARITY, summarise(verdicts))
+        write_json(artifact.path / record_name(verdicts[0].device), summarise(verdicts))
     except ArtifactError as error:
         return [replace(verdict, note=f"{verdict.note}; {error}".lstrip("; ")) for verdict in verdicts]
     return verdicts
