@@ -105,11 +105,14 @@ def timing(place: Path, median: float, *, threads: int = 1, **changes: Any) -> d
     row = {
         "path": str(place), "model": f"mobilevit_{variant}", "variant": variant, "format": fmt, "precision": precision,
         "status": "measured", "reason": "", "runtime": RUNTIMES[fmt], "device": "local", "threads": threads, "batch": 1,
-        "input_shape": [1, 3, 256, 256], "load_ms": 61.4 + median, "load_warm_ms": 33.2 + median, "first_ms": 1.7 * median,
+        "input_shape": [1, 3, 256, 256],
+        "load_ms": 61.4 + median, "load_warm_ms": 33.2 + median, "first_ms": 1.7 * median,
         "median_ms": middle, "median_interval_ms": [middle * 0.994, middle * 1.007],
         "p90_ms": float(np.percentile(times, 90)), "p99_ms": float(np.percentile(times, 99)),
-        "min_ms": float(times.min()), "samples_ms": list(times), "rounds": 12, "settled": True, "peak_rss_mb": 24.0 + median,
-        "macs": macs, "params": params, "bytes": SIZES[variant], "ratio": None, "profile": None, "warnings": [],
+        "min_ms": float(times.min()), "samples_ms": list(times), "rounds": 12, "settled": True,
+        "peak_rss_mb": 24.0 + median,
+        "macs": macs, "params": params, "bytes": SIZES[variant],
+        "ratio": None, "profile": None, "warnings": [],
         "roofline": {
             "peak_gmacs": 61.0 * threads, "bandwidth_gbs": 11.2, "achieved_gmacs": achieved,
             "peak_share": achieved / 61.0 / threads, "ceiling_ms": macs / 61e6 / threads,

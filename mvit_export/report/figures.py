@@ -78,10 +78,11 @@ def distribution(panel: Panel, name: str) -> Drawing:
     medians = [row.median_ms or 0 for row in panel.rows]
     log = is_wide(medians)
     start, end = min(everything), min(max(everything), FAR * max(medians))
+    space = (end - start) or end or 1
     if log:
         axes.set_xscale("log")
     # Places on an axis, no lengths from zero: it may begin where the samples do.
-    axes.set_xlim(*((start * 0.85, end * 1.15) if log else (start - 0.04 * (end - start), end + 0.03 * (end - start))))
+    axes.set_xlim(*((start * 0.85, end * 1.15) if log else (start - 0.04 * space, end + 0.03 * space)))
     axes.set_ylim(len(panel.rows) - 0.5, -0.72)
     axes.set_yticks([])
     for position, (row, label) in enumerate(zip(panel.rows, words.distinguish(panel.rows), strict=True)):

@@ -46,8 +46,8 @@ def parity_table(report: Report) -> Iterator[str]:
 
 def latency_table(report: Report) -> Iterator[str]:
     yield from head(
-        "artifact", "runtime", "device", "threads", "median", "p90", "p99", "min", "load cold / warm", "first", "memory",
-        "ratio to first",
+        "artifact", "runtime", "device", "threads", "median", "p90", "p99", "min", "load cold / warm", "first",
+        "memory", "ratio",
     )  # fmt: skip
     for row in report.measured:
         where = escape(row.runtime), escape(row.device), words.plain(row.threads)
