@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mvit_export.artifact import find_artifacts, now, read_artifact, write_json
+from mvit_export.artifact import find_artifacts, now, read_artifact, record_name, write_json
+from mvit_export.benchmarks.adb import Adb
 from mvit_export.benchmarks.baseline import Baseline
 from mvit_export.benchmarks.devices import Device, open_device
+from mvit_export.benchmarks.phone import PhoneProbe
 from mvit_export.benchmarks.probe import Probe
 from mvit_export.benchmarks.roofline import Roofline, measure_roofline
 from mvit_export.benchmarks.settings import Setting, plan_settings
@@ -38,6 +39,7 @@ class Options:
     roofline: bool = True
     profile: bool = False
     pin: bool = True
+    binary: Path | None = None  # TFLite's benchmark_model, for a phone
 
 
 def run_bench(
@@ -71,7 +73,8 @@ def run_bench(
     return report
 
 
-Running = list[tuple[dict[str, Any], Probe]]  # the row of each loaded model
+PHONE_RUNTIMES = ("litert:gpu", "litert:nnapi")
+Running = list[tuple[dict[str, Any], Probe | PhoneProbe]]  # the row of each loaded model
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Bench:
         for setting, row in zip(settings, rows, strict=True):
             self.on_step(f"loading {setting.artifact.path}")
             try:
-                probe = stack.enter_context(Probe(setting, self.device, pin=self.options.pin))
+                probe = stack.enter_context(self.open_probe(setting))
             except RuntimeUnavailable as error:
                 if setting.asked:
                     raise
@@ -130,6 +133,15 @@ class Bench:
                 running.append((row, probe))
                 self.environment.update(probe.environment)
         return running
+
+    def open_probe(self, setting: Setting) -> Probe | PhoneProbe:
+        if isinstance(self.device, Adb):
+            return PhoneProbe(setting, self.device, binary=self.options.binary)
+        if setting.runtime in PHONE_RUNTIMES:
+            raise RuntimeUnavailable(
+                f"{setting.runtime} is for phones behind adb; a delegate here: litert:delegate=PATH"
+            )
+        return Probe(setting, self.device, pin=self.options.pin)
 
     def sample(self, running: Running) -> None:
         """Fill the rows: all processes in turn first, then what each is asked alone."""
@@ -173,7 +185,7 @@ def blank_row(setting: Setting, device: Device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def figures(probe: Probe, series: Series) -> dict[str, Any]:
+def figures(probe: Probe | PhoneProbe, series: Series) -> dict[str, Any]:
     warnings = [] if series.settled else [unsettled(series)]
     return {
         "runtime": probe.runtime, "load_ms": probe.load_ms, "first_ms": probe.first_ms,
@@ -234,9 +246,3 @@ def store(report: dict[str, Any]) -> None:
         except ArtifactError as error:
             for row in rows:
                 row["warnings"].append(str(error))
-
-
-def record_name(kind: str, device: str) -> str:
-    """`latency.json` for this machine, `latency.ssh-pi.json` for another: one never replaces the other's figures."""
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
-    return f"{kind}.json" if device == "local" else f"{kind}.{slug}.json"
