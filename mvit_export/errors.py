@@ -8,6 +8,7 @@ MvitExportError            exit code 2
 ├── ModelError             a user's model source that cannot be built or called
 ├── ConversionError        a converter gave up
 ├── ArtifactError          an artifact directory that is missing, damaged, in the way or in use
+├── DeviceError            a device that cannot be reached, refused a step, or was lost half-way
 └── RuntimeUnavailable     a runtime that cannot work here; parity reports it as NOT-RUN
 """
 
@@ -48,6 +49,10 @@ class ConversionError(MvitExportError):
 
 class ArtifactError(MvitExportError):
     """An artifact directory is missing, damaged, in the way, or being written by another run."""
+
+
+class DeviceError(MvitExportError):
+    """A device cannot be reached, refused a step, or was lost half-way."""
 
 
 class RuntimeUnavailable(MvitExportError):
