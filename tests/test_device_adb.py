@@ -282,6 +282,14 @@ def test_client_that_hangs(phone: FakePhone, monkeypatch: pytest.MonkeyPatch) ->
     assert time.monotonic() - began < 10
 
 
+def test_children_of_a_client_that_hangs_are_ended(phone: FakePhone, tmp_path: Path) -> None:
+    """A client may be a script around the real one."""
+    (tmp_path / "bin" / "adb").write_text(f"#!/bin/sh\nsleep 612 & echo $! > {tmp_path}/pid; wait\n")
+    with pytest.raises(DeviceError, match="gave no answer within 1 s"):
+        adb_module.call(["adb"], step="waiting", timeout=1)
+    assert not sleeping(int((tmp_path / "pid").read_text()))
+
+
 def test_folder_that_was_made_although_the_answer_is_lost(phone: FakePhone) -> None:
     phone.set(fault="mute")
     with pytest.raises(DeviceError, match="was lost while making a folder"):
