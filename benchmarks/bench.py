@@ -51,7 +51,6 @@ def run_bench(
     sizes: Sequence[str] = (),
     device: str = "local",
     device_python: str | None = None,
-    benchmark_binary: Path | None = None,
     baseline: Path | None = None,
     max_slowdown: float | None = None,
     options: Options | None = None,

@@ -49,7 +49,7 @@ class Opened(NamedTuple):
 
 
 class Refusal(Exception):
-    """An answer other than a result. `kind`: unavailable (cannot be done here), rejected (the file's fault) or misuse."""
+    """An answer other than a result. `kind`: unavailable (not possible here), rejected (the file's fault) or misuse."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from mvit_export.cli_base import EXIT_CODES, Artifacts, Json, Quiet, Verbose, session
+from mvit_export.cli_base import EXIT_CODES, Artifacts, Device, DevicePython, Json, Quiet, Verbose, session
 from mvit_export.errors import UsageError
 from mvit_export.formats import split_list
 from mvit_export.terminal import STYLES, Terminal
@@ -23,8 +23,8 @@ def bench(
     threads: Annotated[str, typer.Option(help="Threads of each process; 1,2 measures both.")] = "1",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
     image_size: Annotated[list[str] | None, typer.Option(help="For files of several sizes: N or HxW.")] = None,
-    device: Annotated[str, typer.Option(help="local, ssh:HOST or adb:SERIAL.")] = "local",
-    device_python: Annotated[str | None, typer.Option(help="Python on an ssh device (python3).")] = None,
+    device: Device = "local",
+    device_python: DevicePython = None,
     benchmark_binary: Annotated[Path | None, typer.Option(help="LiteRT's benchmark_model, for adb.")] = None,
     budget: Annotated[float, typer.Option(help="Most seconds for each artifact.", min=0.1)] = 30.0,
     precision: Annotated[str, typer.Option(help="Stop when medians are known to within this.")] = "2%",
@@ -52,11 +52,13 @@ def bench(
                 sizes=tuple(image_size or ()),
                 device=device,
                 device_python=device_python,
-                benchmark_binary=benchmark_binary,
                 baseline=baseline,
                 max_slowdown=parse_share(max_slowdown, "--max-slowdown") if max_slowdown else None,
                 options=Options(
-                    Plan(budget_s=budget, precision=parse_share(precision, "--precision")), roofline, profile
+                    Plan(budget_s=budget, precision=parse_share(precision, "--precision")),
+                    roofline=roofline,
+                    profile=profile,
+                    binary=benchmark_binary,
                 ),
                 on_step=step,
             )

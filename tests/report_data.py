@@ -83,7 +83,7 @@ def verdict(place: Path, status: str = "pass", reason: str = "", **figures: Any)
 
 
 def store_parity(place: Path, *verdicts: parity.ParityResult) -> None:
-    write_json(place / parity.PARITY, parity.summarise(verdicts))
+    write_json(place / "parity.json", parity.summarise(verdicts))
 
 
 def samples(median: float, *, count: int = 60, seed: int = 0) -> list[float]:

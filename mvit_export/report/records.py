@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mvit_export.artifact import Artifact, find_artifacts, read_artifact
+from mvit_export.artifact import Artifact, find_artifacts, read_artifact, record_name
 from mvit_export.errors import first_line, printable
-from mvit_export.parity import FAIL, NOT_RUN, PARITY, PASS
+from mvit_export.parity import FAIL, NOT_RUN, PASS
 
 LATENCY = "latency.json"
 MEASURED = "measured"
@@ -223,7 +223,9 @@ def unique_labels(artifacts: Sequence[Artifact]) -> list[str]:
 def read_entry(artifact: Artifact, label: str) -> Entry:
     path = tidy(artifact.path)
     verdicts, parity_problem = read_file(
-        artifact.path / PARITY, lambda data: read_verdicts(data, artifact, label), absent="was never verified"
+        artifact.path / record_name("parity"),
+        lambda data: read_verdicts(data, artifact, label),
+        absent="was never verified",
     )
     latencies, latency_problem = read_file(
         artifact.path / LATENCY, lambda data: read_latencies(data, artifact, label), absent="was never measured"
