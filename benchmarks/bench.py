@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,10 @@ def run_bench(
     options: Options | None = None,
     on_step: Step = lambda _: None,
 ) -> dict[str, Any]:
-    """What the command does: find the artifacts, measure them, hold them against a baseline, store latency.json."""
+    """What the command does: find the artifacts, measure them, hold them against a baseline, store latency.json.
+
+    Raises DeviceError where the device gives no latency.
+    """
     reference = Baseline.read(baseline, max_slowdown)
     beside = reference.artifacts if reference else ()
     places = dict.fromkeys(place for path in [*beside, *paths] for place in find_artifacts(path))
@@ -64,14 +67,19 @@ def run_bench(
     settings = plan_settings(
         artifacts, runtimes=runtimes, threads=threads, batches=batches, sizes=[parse_size(size) for size in sizes]
     )
-    with open_device(device, python=device_python) as entered:
-        report = Bench(entered, options or Options(), on_step).run(settings)
+    options = options or Options()
+    target = open_device(device, python=device_python, binary=options.binary)
+    if target.latency_refusal:
+        raise DeviceError(target.latency_refusal)
+    with target as entered:
+        report = Bench(entered, options, on_step).run(settings)
     if reference:
         reference.judge(report)
     store(report)
     return report
 
 
+ROUNDS_ONLY = "each sample is the figure of one round, single runs are not known here: no percentiles"
 PHONE_RUNTIMES = ("litert:gpu", "litert:nnapi")
 Running = list[tuple[dict[str, Any], Probe | PhoneProbe]]  # the row of each loaded model
 
@@ -80,7 +88,7 @@ Running = list[tuple[dict[str, Any], Probe | PhoneProbe]]  # the row of each loa
 class Bench:
     """Measures settings on an entered device, and remembers the peaks it found.
 
-    Raises DeviceError where the device gives no latency or is lost, ArtifactError where a runtime rejects a file,
+    Raises DeviceError where the device is lost, ArtifactError where a runtime rejects a file,
     RuntimeUnavailable where a runtime that was asked for by name cannot be had; one taken by default is NOT-RUN then.
     """
 
@@ -92,8 +100,6 @@ class Bench:
 
     def run(self, settings: Sequence[Setting]) -> dict[str, Any]:
         """The document of `bench --json`."""
-        if self.device.latency_refusal:
-            raise DeviceError(self.device.latency_refusal)
         rows: list[dict[str, Any]] = []
         for _, members in itertools.groupby(settings, key=lambda setting: setting.group):
             rows += self.run_group(list(members))
@@ -112,7 +118,7 @@ class Bench:
             running = self.load(stack, settings, rows)
             if running:
                 self.sample(running)
-        if self.options.roofline:
+        if self.options.roofline and not isinstance(self.device, Adb):
             for row, probe in running:
                 self.on_step(f"peak of {row['runtime']}")
                 row |= or_warning(row, "roofline", self.judge, row, probe.setting)
@@ -147,7 +153,7 @@ class Bench:
         names = ", ".join(probe.setting.artifact.path.name for _, probe in running)
         series = measure(
             [probe.sample for _, probe in running],
-            self.options.plan,
+            replace(self.options.plan, round_ms=running[0][1].round_ms or self.options.plan.round_ms),
             on_round=lambda count: self.on_step(f"round {count} of {names}"),
         )
         for (row, probe), found in zip(running, series, strict=True):
@@ -185,13 +191,15 @@ def blank_row(setting: Setting, device: Device) -> dict[str, Any]:
 
 
 def figures(probe: Probe | PhoneProbe, series: Series) -> dict[str, Any]:
-    warnings = [] if series.settled else [unsettled(series)]
-    return {
+    percentiles = {"p90_ms": None, "p99_ms": None, "min_ms": None}
+    if probe.single_runs:
+        percentiles = {"p90_ms": series.percentile(90), "p99_ms": series.percentile(99), "min_ms": min(series.samples)}
+    return percentiles | {
         "runtime": probe.runtime, "load_ms": probe.load_ms, "first_ms": probe.first_ms,
         "median_ms": series.median, "median_interval_ms": list(median_interval(series.rounds)),
-        "p90_ms": series.percentile(90), "p99_ms": series.percentile(99), "min_ms": min(series.samples),
         "samples_ms": series.samples, "samples_per_round": len(series.rounds[0]), "rounds": len(series.rounds),
-        "settled": series.settled, "warnings": warnings,
+        "settled": series.settled,
+        "warnings": [*([] if series.settled else [unsettled(series)]), *([] if probe.single_runs else [ROUNDS_ONLY])],
     }  # fmt: skip
 
 

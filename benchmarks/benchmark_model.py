@@ -115,6 +115,13 @@ def check_binary(path: Path, abi: str) -> None:
         raise DeviceError(f"--benchmark-binary {path} is built for {found}, the phone is {abi}; take the build for it")
 
 
+def check_tool(binary: Path | None, device: Adb) -> Path:
+    """The tool that a user named. Raises UsageError where none was."""
+    if binary is None:
+        raise UsageError(f"--device {device.name} takes --benchmark-binary FILE, TFLite's {TOOL} built for Android")
+    return binary
+
+
 class BenchmarkTool:
     """The tool on a phone. `load` copies a model; `measure` and `run` start the tool once each."""
 

@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from mvit_export.benchmarks.adb import Adb
-from mvit_export.benchmarks.benchmark_model import BenchmarkOptions, BenchmarkTool, Round
+from mvit_export.benchmarks.benchmark_model import BenchmarkOptions, BenchmarkTool, Round, check_tool
 from mvit_export.benchmarks.settings import Setting
-from mvit_export.errors import RuntimeUnavailable, UsageError
-
-ROUND_MS = 1000.0  # the tool starts anew for each round: make it worth that
+from mvit_export.errors import RuntimeUnavailable
 
 
 class PhoneProbe:
     """Each round is one start of the tool and gives one figure, its median or mean: single runs are not known."""
 
+    round_ms = 1000.0  # the tool starts anew for each: make it worth that
+    single_runs = False
+
     def __init__(self, setting: Setting, device: Adb, *, binary: Path | None) -> None:
-        if binary is None:
-            raise UsageError(f"--device {device.name} takes --benchmark-binary FILE, TFLite's benchmark_model for it")
         if setting.runtime == "pytorch":
             raise RuntimeUnavailable("PyTorch does not run on a phone behind adb")
         self.setting, self.device = setting, device
-        self.tool = BenchmarkTool(device, binary, tool_options(setting))
+        self.tool = BenchmarkTool(device, check_tool(binary, device), tool_options(setting))
         self.model = self.tool.load(setting.artifact)
         first = self.model.measure(runs=1)
         self.runtime = f"{self.tool.runtime}, delegate: {first.delegate}"

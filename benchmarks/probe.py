@@ -21,6 +21,9 @@ class Probe:
     Raises RuntimeUnavailable, ArtifactError or DeviceError where that cannot be.
     """
 
+    round_ms: float | None = None  # as the plan says
+    single_runs = True  # each sample is one inference
+
     def __init__(self, setting: Setting, device: Device, *, pin: bool = True) -> None:
         self.setting, self.device = setting, device
         self.worker = start_runner(device)

@@ -15,6 +15,7 @@ from mvit_export.cli_base import (
     EXIT_CODES,
     EXIT_ERROR,
     Artifacts,
+    BenchmarkBinary,
     Device,
     DevicePython,
     Json,
@@ -181,6 +182,7 @@ def verify(
     ] = False,
     device: Device = "local",
     device_python: DevicePython = None,
+    benchmark_binary: BenchmarkBinary = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -192,7 +194,7 @@ def verify(
         results: list[parity.ParityResult] = []
         if locate and device != "local":
             raise UsageError("--locate looks into files with the runtimes of this machine; leave out --device")
-        with terminal.progress("verify") as step, runtimes_on(device, device_python) as elsewhere:
+        with terminal.progress("verify") as step, runtimes_on(device, device_python, benchmark_binary) as elsewhere:
             for path in artifacts:
 
                 def on_case(done: int, total: int, path: Path = path) -> None:
@@ -211,13 +213,13 @@ def verify(
         raise typer.Exit(EXIT_CODES[parity.overall_status(results)])
 
 
-def runtimes_on(device: str, python: str | None) -> AbstractContextManager[dict[str, Any]]:
+def runtimes_on(device: str, python: str | None, binary: Path | None) -> AbstractContextManager[dict[str, Any]]:
     """Keywords for `parity.verify`; none for this machine, whose runtimes it knows."""
-    if (device, python) == ("local", None):
+    if (device, python, binary) == ("local", None, None):
         return nullcontext({})
     from mvit_export.benchmarks.remote import device_sessions
 
-    return device_sessions(device, python=python)
+    return device_sessions(device, python=python, binary=binary)
 
 
 def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:

@@ -27,6 +27,7 @@ Artifacts = Annotated[
 Device = Annotated[
     str, typer.Option(help="Where files run: local, ssh:HOST, adb:SERIAL, or arm64 (emulated; see doctor).")
 ]
+BenchmarkBinary = Annotated[Path | None, typer.Option(help="For adb: TFLite's benchmark_model, built for the phone.")]
 DevicePython = Annotated[str | None, typer.Option(help="The Python of an ssh device (python3), e.g. a venv's.")]
 
 

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from mvit_export.cli_base import EXIT_CODES, Artifacts, Device, DevicePython, Json, Quiet, Verbose, session
+from mvit_export.cli_base import (
+    EXIT_CODES,
+    Artifacts,
+    BenchmarkBinary,
+    Device,
+    DevicePython,
+    Json,
+    Quiet,
+    Verbose,
+    session,
+)
 from mvit_export.errors import UsageError
 from mvit_export.formats import split_list
 from mvit_export.terminal import STYLES, Terminal
@@ -25,7 +35,7 @@ def bench(
     image_size: Annotated[list[str] | None, typer.Option(help="For files of several sizes: N or HxW.")] = None,
     device: Device = "local",
     device_python: DevicePython = None,
-    benchmark_binary: Annotated[Path | None, typer.Option(help="LiteRT's benchmark_model, for adb.")] = None,
+    benchmark_binary: BenchmarkBinary = None,
     budget: Annotated[float, typer.Option(help="Most seconds for each artifact.", min=0.1)] = 30.0,
     precision: Annotated[str, typer.Option(help="Stop when medians are known to within this.")] = "2%",
     baseline: Annotated[
@@ -97,12 +107,11 @@ def print_row(terminal: Terminal, row: dict[str, Any]) -> None:
         terminal.print("  ", Text("NOT-RUN", style=STYLES["not-run"]), row["reason"])
         return
     low, high = row["median_interval_ms"]
-    line = (
-        f"  median {row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]  p90 {row['p90_ms']:.2f}  p99 {row['p99_ms']:.2f}"
-    )
+    line = f"  median {row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]"
+    line += "".join(f"  {name} {row[f'{name}_ms']:.2f}" for name in ("min", "p90", "p99") if row[f"{name}_ms"])
     if ratio := row["ratio"]:
         line += "  {:.3f}x [{:.3f}, {:.3f}] of the first".format(ratio["median"], *ratio["interval"])
-    terminal.print(f"{line}  min {row['min_ms']:.2f}  ({len(row['samples_ms'])} samples)")
+    terminal.print(f"{line}  ({len(row['samples_ms'])} samples)")
     terminal.print("  " + "  ".join(small_figures(row)))
     if base := row.get("baseline"):
         terminal.print(f"  {base['status'].upper()}  {base['reason']}")

@@ -373,7 +373,7 @@ def test_core_ml_runner_says_what_it_planned(monkeypatch):
             seen["model"] = path, compute_units
 
         def get_spec(self):
-            return Namespace(description=Namespace(input=[Namespace(name="image")]))
+            return Namespace(description=Namespace(input=[Namespace(name="image")], metadata=Namespace(userDefined={})))
 
         def predict(self, inputs):
             return {"logits": inputs["image"].sum()}

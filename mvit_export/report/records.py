@@ -15,7 +15,6 @@ from mvit_export.artifact import Artifact, find_artifacts, read_artifact, record
 from mvit_export.errors import first_line, printable
 from mvit_export.parity import FAIL, NOT_RUN, PASS
 
-LATENCY = "latency.json"
 MEASURED = "measured"
 Record = TypeVar("Record")
 Interval = tuple[float, float]
@@ -221,23 +220,28 @@ def unique_labels(artifacts: Sequence[Artifact]) -> list[str]:
 
 
 def read_entry(artifact: Artifact, label: str) -> Entry:
+    """The records of this machine and of every device that was asked, each in a file of its own."""
     path = tidy(artifact.path)
-    verdicts, parity_problem = read_file(
-        artifact.path / record_name("parity"),
-        lambda data: read_verdicts(data, artifact, label),
-        absent="was never verified",
+    verdicts, no_parity = read_records(
+        artifact, "parity", lambda data: read_verdicts(data, artifact, label), absent="was never verified"
     )
-    latencies, latency_problem = read_file(
-        artifact.path / LATENCY, lambda data: read_latencies(data, artifact, label), absent="was never measured"
+    latencies, no_latency = read_records(
+        artifact, "latency", lambda data: read_latencies(data, artifact, label), absent="was never measured"
     )
-    gaps = []
-    if parity_problem:
-        gaps.append(Gap(label, path, "parity", parity_problem, command("verify", artifact.path)))
+    gaps = [Gap(label, path, "parity", problem, command("verify", artifact.path)) for problem in no_parity]
     gaps += [Gap(label, path, said("parity", v.runtime), v.reason) for v in verdicts if v.status == NOT_RUN]
-    if latency_problem:
-        gaps.append(Gap(label, path, "latency", latency_problem, command("bench", artifact.path)))
+    gaps += [Gap(label, path, "latency", problem, command("bench", artifact.path)) for problem in no_latency]
     gaps += [Gap(label, path, said("latency", row.runtime), row.reason) for row in latencies if row.status != MEASURED]
     return Entry(label, path, artifact, verdicts, latencies, tuple(gaps))
+
+
+def read_records(
+    artifact: Artifact, kind: str, read: Callable[[Any], tuple[Record, ...]], *, absent: str
+) -> tuple[tuple[Record, ...], list[str]]:
+    """(the records of all devices, why there is nothing, for each file without any). One device's file is enough."""
+    files = sorted({*artifact.path.glob(f"{kind}.json"), *artifact.path.glob(f"{kind}.*.json")})
+    found = [read_file(file, read, absent=absent) for file in files or [artifact.path / record_name(kind)]]
+    return tuple(row for rows, _ in found for row in rows), [problem for _, problem in found if problem]
 
 
 def said(what: str, runtime: str | None) -> str:
