@@ -133,7 +133,7 @@ def test_page_names_machine_tools_and_dates(page: str) -> None:
     text = Reader(page).text
     for fact in (
         "cpu Intel Xeon Platinum 8370C", "cores 4", "python 3.11.2", "affinity 0, 1", "onnxruntime 1.31.1",
-        "measured 2026-11-24T09:30:12+00:00 (load average 0.21, 0.35, 0.3)", "torch 2.13.0",
+        "run 2026-11-24T09:30:12+00:00 (load average 0.21, 0.35, 0.3)", "tools mvit-export 0.1.0, torch 2.13.0",
         "2026-11-24T09:11:05+00:00", "UNTRAINED, seed 0",
     ):  # fmt: skip
         assert fact in text, fact
@@ -260,7 +260,7 @@ def test_machines_and_runs_are_not_mixed(tmp_path: Path) -> None:
 def test_far_outliers_are_said_not_drawn_and_not_hidden(place: Path) -> None:
     row = data.timing(place, 10.0)
     data.store_latency(place, {**row, "samples_ms": [*row["samples_ms"], 512.0, 900.0]})
-    assert "2 beyond, to 900 ms" in html(place)
+    assert "; 2 beyond, up to 900 ms" in html(place)
 
 
 def test_a_log_axis_only_where_one_model_dwarfs_another(tmp_path: Path, page: str) -> None:
