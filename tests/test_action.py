@@ -180,7 +180,7 @@ def test_bench_can_be_left_out(runner: Runner) -> None:
     ("verify", "bench", "status"),
     [
         (0, 0, "pass"), (1, 0, "fail"), (0, 1, "fail"), (3, 1, "fail"), (0, 3, "not-run"), (3, 0, "not-run"),
-        (2, 0, "error"), (1, 2, "error"), (0, 130, "error"), (3, 139, "error"),
+        (2, 0, "error"), (1, 2, "error"), (2, 1, "error"), (0, 130, "error"), (3, 139, "error"),
     ],
 )  # fmt: skip
 def test_the_job_is_judged_after_the_report_is_written(runner: Runner, verify: int, bench: int, status: str) -> None:

@@ -133,7 +133,7 @@ def test_page_names_machine_tools_and_dates(page: str) -> None:
     text = Reader(page).text
     for fact in (
         "cpu Intel Xeon Platinum 8370C", "cores 4", "python 3.11.2", "affinity 0, 1", "onnxruntime 1.31.1",
-        "measured 2026-11-24T09:30:12+00:00 (load average 0.21, 0.35, 0.3)", "torch 2.13.0",
+        "run 2026-11-24T09:30:12+00:00 (load average 0.21, 0.35, 0.3)", "tools mvit-export 0.1.0, torch 2.13.0",
         "2026-11-24T09:11:05+00:00", "UNTRAINED, seed 0",
     ):  # fmt: skip
         assert fact in text, fact
@@ -246,6 +246,23 @@ def test_rows_of_one_artifact_are_told_apart_in_drawings(place: Path) -> None:
     assert "batch 8" in Reader(html(place)).text
 
 
+def test_dollars_in_a_label_are_no_mathematics(place: Path) -> None:
+    data.store_latency(place, data.timing(place, 13, runtime="a $b$ c"), data.timing(place, 15, runtime=r"$\frac$"))
+    drawings = "".join(re.findall(r"<svg.*?</svg>", html(place), re.DOTALL))
+    assert drawings.count("onnx-fp32, a $b$ c</text>") == 3, "in each drawing"
+    assert drawings.count(r"onnx-fp32, $\frac$</text>") == 3
+
+
+def test_two_runs_on_one_machine_are_one_environment(tmp_path: Path) -> None:
+    for variant, day in (("xxs", "24"), ("xs", "25")):
+        place = data.make_artifact(tmp_path, variant)
+        data.store_latency(place, data.timing(place, 13), created=f"2026-11-{day}", load_average=[0.5, 0.5, 0.5])
+    text = Reader(html(tmp_path)).text
+    assert text.count("cpu Intel Xeon Platinum 8370C") == 1
+    load = "(load average 0.5, 0.5, 0.5)"
+    assert f"runs 2026-11-24 {load}; 2026-11-25 {load}" in text
+
+
 def test_machines_and_runs_are_not_mixed(tmp_path: Path) -> None:
     """Two machines make two drawings; two runs are said to be no close comparison."""
     one, other = data.make_artifact(tmp_path, "xxs"), data.make_artifact(tmp_path, "xs")
@@ -260,7 +277,7 @@ def test_machines_and_runs_are_not_mixed(tmp_path: Path) -> None:
 def test_far_outliers_are_said_not_drawn_and_not_hidden(place: Path) -> None:
     row = data.timing(place, 10.0)
     data.store_latency(place, {**row, "samples_ms": [*row["samples_ms"], 512.0, 900.0]})
-    assert "2 beyond, to 900 ms" in html(place)
+    assert "; 2 beyond, up to 900 ms" in html(place)
 
 
 def test_a_log_axis_only_where_one_model_dwarfs_another(tmp_path: Path, page: str) -> None:

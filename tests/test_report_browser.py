@@ -110,6 +110,17 @@ def test_nothing_is_wider_than_the_window_or_lies_upon_another(browse: Browse, p
     assert found["smallest"] >= 8, "text of the drawings, in CSS pixels"
 
 
+def test_labels_of_many_points_at_one_place_do_not_cover_each_other(browse: Browse, tmp_path: Path) -> None:
+    """Formats and precisions of one model differ little, in cost and often in latency."""
+    for variant, median in (("xxs", 12.0), ("s", 44.0)):
+        for index, (fmt, precision) in enumerate(
+            (f, p) for f in ("onnx", "tflite", "coreml") for p in ("fp32", "fp16")
+        ):
+            place = data.make_artifact(tmp_path / "artifacts", variant, fmt, precision)
+            data.store_latency(place, data.timing(place, median * (1 + 0.01 * index)))
+    assert measure(browse, write(tmp_path, tmp_path / "artifacts"), 600)["overlaps"] == []
+
+
 def test_long_names_wrap_on_a_phone(browse: Browse, tmp_path: Path) -> None:
     place = data.make_artifact(tmp_path / ("long" * 40))
     data.store_parity(place, data.verdict(place, "fail", "word" * 100))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mvit_export.report.svg import COLOURS, inline_svg
 WIDTH = 4.8  # inches; a page shrinks a drawing to a phone's width, so it is narrow and its text large
 ROW = 0.7
 MARKERS = {"coreml": "^", "onnx": "o", "tflite": "s"}  # so that colour is not the only sign
+LONGEST = 40  # letters of a label
 DRAWN = 300  # points of one row; a file with ten thousand samples would take seconds to show
 WIDE = 10.0  # largest over smallest from which a linear axis hides the small ones
 FAR = 3.0  # times the largest median: where the axis ends for the sake of everything else
@@ -106,8 +107,8 @@ def draw_row(axes: Any, row: Latency, label: str, position: int, *, end: float, 
     axes.plot(shown, position + 1.8 * LIMIT * turns * spread, "o", **style)
     draw_median(axes, row, position)
     above = {"va": "bottom", "parse_math": False, "transform": axes.get_yaxis_transform()}
-    axes.text(0, position - LIMIT - 0.04, label, color=COLOURS["ink"], fontsize=9.5, **above)
-    figures = beyond(row, end) + words.ms(row.median_ms)
+    axes.text(0, position - LIMIT - 0.04, shorten(label), color=COLOURS["ink"], fontsize=9.5, **above)
+    figures = words.ms(row.median_ms) + beyond(row, end)
     axes.text(1, position - LIMIT - 0.04, figures, ha="right", color=COLOURS["muted"], fontsize=9, **above)
 
 
@@ -121,7 +122,7 @@ def draw_median(axes: Any, row: Latency, position: int) -> None:
 def beyond(row: Latency, end: float) -> str:
     """What the axis cuts off, in words."""
     far = [value for value in row.samples_ms if value > end]
-    return f"{len(far)} beyond, to {words.ms(max(far))} →   " if far else ""
+    return f"; {len(far)} beyond, up to {words.ms(max(far))}" if far else ""
 
 
 def thinned(panel: Panel) -> str:
@@ -179,7 +180,7 @@ def cost(panel: Panel, axis: Cost, name: str) -> Drawing | None:
         scales.append(", log scale" if log else "")
     for x, y, row, _ in points:
         draw_point(axes, x, y, row)
-    place_labels(axes, [(x, y, label) for x, y, _, label in points])
+    place_labels(axes, [(x, y, shorten(label)) for x, y, _, label in points])
     axes.set_ylabel(f"median latency (ms{scales[1]})", color=COLOURS["muted"], fontsize=9)
     axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
     title = f"{panel.title}: latency against {axis.title}"
@@ -193,6 +194,11 @@ def without_prefix(labels: Sequence[str]) -> list[str]:
     """`xxs onnx-fp32` where every label begins with `mobilevit_`."""
     prefixes = {label.partition("_")[0] for label in labels}
     return [label.partition("_")[2] or label for label in labels] if len(prefixes) == 1 else list(labels)
+
+
+def shorten(label: str) -> str:
+    """Both ends of a label too long for a drawing; the tables have the whole."""
+    return label if len(label) <= LONGEST else f"{label[: LONGEST // 2]}…{label[-LONGEST // 2 :]}"
 
 
 SHAPES = {"coreml": "▲", "onnx": "●", "tflite": "■"}
@@ -209,18 +215,23 @@ def draw_point(axes: Any, x: float, y: float, row: Latency) -> None:
 
 def place_labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Names beside the points, moved up or down until none lies upon another; a thin line leads back from afar."""
-    left, right = (axes.transAxes.transform((edge, 0))[0] for edge in (0, 1))
+    (left, floor), (right, top) = axes.transAxes.transform([(0, 0), (1, 1)])
     spots = [(*axes.transData.transform((x, y)), label) for x, y, label in points]
     taken = [Box(x - 5, y - 5, x + 5, y + 5) for x, y, _ in spots]
+    columns: dict[float, list[tuple[tuple[float, float], str, float]]] = {}  # by where their texts begin or end
     for x, y, label in sorted(spots, key=lambda spot: -spot[1]):
         width = LETTER * len(label)
         right_of = x + 9 + width <= right or x - left < right - x
         edge = x + 9 if right_of else x - 9  # where the text begins or ends
         start = edge if right_of else edge - width
-        moved = [Box(start, at - LINE / 2, start + width, at + LINE / 2) for at in nearby(y)]
+        moved = [Box(start, at - LINE / 2, start + width, at + LINE / 2) for at in nearby(y, floor, top)]
         box = next((box for box in moved if not any(map(box.overlaps, taken))), moved[0])
         taken.append(box)
-        write_label(axes, label, (x, y), (edge, (box.bottom + box.top) / 2))
+        columns.setdefault(edge, []).append(((x, y), label, (box.bottom + box.top) / 2))
+    for edge, column in columns.items():  # in the order of their points, which were placed from the top
+        heights = sorted((height for _, _, height in column), reverse=True)
+        for (point, label, _), height in zip(column, heights, strict=True):
+            write_label(axes, label, point, (edge, height))
 
 
 def write_label(axes: Any, label: str, point: tuple[float, float], place: tuple[float, float]) -> None:
@@ -248,12 +259,10 @@ class Box:
         return not (beside or self.top <= other.bottom or other.top <= self.bottom)
 
 
-def nearby(y: float) -> Iterator[float]:
-    """Heights around `y`, the nearest first."""
-    yield y
-    for step in range(1, 40):
-        yield y + step * LINE / 4
-        yield y - step * LINE / 4
+def nearby(y: float, low: float, high: float) -> list[float]:
+    """Heights for a label between `low` and `high`, the nearest to `y` first."""
+    places = [y, *np.arange(low + LINE / 2, high - LINE / 2, LINE / 8)]
+    return sorted(places, key=lambda place: abs(place - y))
 
 
 # Both
