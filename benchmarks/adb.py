@@ -61,7 +61,7 @@ class Adb:
         self.scratch = f"{SHARED}/mvit-export-{secrets.token_hex(6)}"
 
     def __enter__(self) -> Adb:
-        self._serial = choose_device(self._list_devices(), self._serial)
+        self._serial = choose_device(list_devices(self._adb), self._serial)
         self.name = f"adb:{self._serial}"
         try:
             self._run(f"mkdir {self.scratch}", step="making a folder")
@@ -159,13 +159,15 @@ class Adb:
             raise DeviceError(f"{self.name}: {step} failed: {explain(text)}")
         return out
 
-    def _list_devices(self) -> dict[str, str]:
-        if shutil.which(self._adb) is None:
-            raise DeviceError(f"there is no {self._adb} command here, needed to reach Android devices: {INSTALL}")
-        code, out, err = call([self._adb, "devices", "-l"], step="listing devices", timeout=STEP_SECONDS)
-        if code:
-            raise DeviceError(f"adb devices failed: {explain((err.strip() or f'exit code {code}').splitlines()[-1])}")
-        return parse_devices(out)
+
+def list_devices(adb: str = "adb") -> dict[str, str]:
+    """{serial: state} of the devices that adb sees. Raises DeviceError where there is no adb."""
+    if shutil.which(adb) is None:
+        raise DeviceError(f"there is no {adb} command here, needed to reach Android devices: {INSTALL}")
+    code, out, err = call([adb, "devices", "-l"], step="listing devices", timeout=STEP_SECONDS)
+    if code:
+        raise DeviceError(f"adb devices failed: {explain((err.strip() or f'exit code {code}').splitlines()[-1])}")
+    return parse_devices(out)
 
 
 def parse_devices(text: str) -> dict[str, str]:

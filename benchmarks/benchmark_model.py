@@ -7,6 +7,7 @@ benchmark_tflite_model.cc (flags, delegates, files), benchmark_model.cc (timings
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import statistics
@@ -123,18 +124,17 @@ def check_tool(binary: Path | None, device: Adb) -> Path:
 
 
 class BenchmarkTool:
-    """The tool on a phone. `load` copies a model; `measure` and `run` start the tool once each."""
+    """The tool on a phone. `load` copies a model there; its `measure` and `run` start the tool once each."""
 
-    def __init__(self, device: Adb, binary: Path, options: BenchmarkOptions) -> None:
+    def __init__(self, device: Adb, binary: Path) -> None:
         check_binary(binary, device.phone.abi)
-        self._device, self.options, self._models = device, options, 0
+        self._device, self._models = device, 0
         self._binary = device.put(binary, TOOL)
         device.run(["chmod", "755", self._binary], timeout=30)
 
-    @property
-    def runtime(self) -> str:
-        """For records, e.g. `TFLite benchmark_model GPU fp16, Pixel 8 Android 15`."""
-        phone, options = self._device.phone, self.options
+    def describe(self, options: BenchmarkOptions) -> str:
+        """The runtime for records, e.g. `TFLite benchmark_model GPU fp16, Pixel 8 Android 15`."""
+        phone = self._device.phone
         kind = f"{options.delegate or 'CPU kernels'}{' fp16' if options.fp16 else ''}"
         return f"TFLite {TOOL} {kind}, {phone.model} Android {phone.android}"
 
@@ -147,12 +147,12 @@ class BenchmarkTool:
         name = f"{self._models}-{artifact.model_path.name}"
         return LoadedModel(self, artifact, self._device.put(artifact.model_path, name))
 
-    def start(self, artifact: Artifact, arguments: Sequence[str], *, timeout: float) -> str:
+    def start(self, artifact: Artifact, arguments: Sequence[str], options: BenchmarkOptions, *, timeout: float) -> str:
         """The output of one start; what went wrong as an error in one line, caused by all that the tool printed."""
-        command = [self._binary, *arguments, *self.options.flags]
+        command = [self._binary, *arguments, *options.flags]
         finished = self._device.shell(command, timeout=timeout)
         check_flags(finished.output)
-        check_delegate(finished.output, self.options.delegate)
+        check_delegate(finished.output, options.delegate)
         if finished.code:
             raise_failure(finished, artifact)
         return finished.output
@@ -179,16 +179,16 @@ class LoadedModel:
     artifact: Artifact
     path: str
 
-    def measure(self, *, runs: int, max_seconds: float = 60.0) -> Round:
+    def measure(self, options: BenchmarkOptions, *, runs: int, max_seconds: float = 60.0) -> Round:
         """One round: at least half a second of warm-up, then `runs` inferences or `max_seconds` of them."""
         arguments = [
             f"--graph={self.path}", f"--num_runs={runs}", "--min_secs=0", f"--max_secs={max_seconds:g}",
             "--warmup_runs=1", "--warmup_min_secs=0.5",
         ]  # fmt: skip
-        output = self.tool.start(self.artifact, arguments, timeout=LOAD_SECONDS + 3 * max_seconds)
+        output = self.tool.start(self.artifact, arguments, options, timeout=LOAD_SECONDS + 3 * max_seconds)
         return parse_round(output)
 
-    def run(self, array: np.ndarray, *, timeout: float = LOAD_SECONDS) -> Arrays:
+    def run(self, array: np.ndarray, options: BenchmarkOptions) -> Arrays:
         """One inference on `array`. Raises RuntimeError where the tool's output file is not what the manifest says."""
         (spec,) = self.artifact.manifest.inputs
         place, result = self.tool.put_input(array), f"{Path(self.path).parent}/output.bin"
@@ -197,7 +197,7 @@ class LoadedModel:
             f"--input_layer={spec.name}", f"--input_layer_shape={','.join(map(str, array.shape))}",
             f"--input_layer_value_files={spec.name.replace(':', '::')}:{place}", f"--output_filepath={result}",
         ]  # fmt: skip
-        self.tool.start(self.artifact, arguments, timeout=timeout)
+        self.tool.start(self.artifact, arguments, options, timeout=LOAD_SECONDS)
         return split_outputs(self.tool.take_output(result), stored_outputs(self.artifact))
 
 
@@ -212,16 +212,17 @@ def benchmark(
     max_seconds: float = 60.0,
 ) -> Measurement:
     """Measure one artifact. To interleave several, load each and call their `measure` in turn; then `summarise`."""
-    tool = BenchmarkTool(device, binary, options)
+    tool = BenchmarkTool(device, binary)
     model = tool.load(artifact)
-    return summarise(tool.runtime, [model.measure(runs=runs_per_round, max_seconds=max_seconds) for _ in range(rounds)])
+    found = [model.measure(options, runs=runs_per_round, max_seconds=max_seconds) for _ in range(rounds)]
+    return summarise(tool.describe(options), found)
 
 
 def run_model(
     device: Adb, artifact: Artifact, array: np.ndarray, *, binary: Path, options: BenchmarkOptions | None = None
 ) -> Arrays:
     """Every output by name, for one input. For more inputs keep the model there: `adb_session`."""
-    return BenchmarkTool(device, binary, options or BenchmarkOptions()).load(artifact).run(array)
+    return BenchmarkTool(device, binary).load(artifact).run(array, options or BenchmarkOptions())
 
 
 def adb_session(artifact: Artifact, device: Adb, binary: Path, *, options: BenchmarkOptions | None = None) -> Session:
@@ -229,10 +230,11 @@ def adb_session(artifact: Artifact, device: Adb, binary: Path, *, options: Bench
 
     Raises RuntimeUnavailable for formats other than TFLite and for a delegate that the phone does not have.
     """
-    tool = BenchmarkTool(device, binary, options or BenchmarkOptions())
+    options = options or BenchmarkOptions()
+    tool = BenchmarkTool(device, binary)
     model = tool.load(artifact)
-    model.measure(runs=1)
-    return Session(tool.runtime, model.run, packed_labels(artifact))
+    model.measure(options, runs=1)
+    return Session(tool.describe(options), functools.partial(model.run, options=options), packed_labels(artifact))
 
 
 def summarise(runtime: str, rounds: Sequence[Round]) -> Measurement:

@@ -333,7 +333,7 @@ def test_wrong_binary(tmp_path: Path, content: bytes | int | None, message: str)
 def test_binary_is_refused_before_it_is_copied(phone: FakePhone, binary: Path) -> None:
     phone.set(abi="armeabi-v7a")
     with pytest.raises(DeviceError, match="is built for arm64-v8a, the phone is armeabi-v7a"), Adb(SERIAL) as device:
-        BenchmarkTool(device, binary, BenchmarkOptions())
+        BenchmarkTool(device, binary)
     assert not [call for call in phone.calls if "push" in call]
 
 
@@ -384,24 +384,35 @@ def test_benchmark(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     assert len(starts) == 2 and all("--num_threads=2" in start and "--num_runs=20" in start for start in starts)
 
 
+def test_two_models_and_options_take_turns_on_one_tool(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
+    """As a comparison does; two precisions of a model have one file name, and must not become one file."""
+    with Adb(SERIAL) as device:
+        tool = BenchmarkTool(device, binary)
+        models = [tool.load(artifact), tool.load(artifact)]
+        assert models[0].path != models[1].path
+        for threads in (1, 2):
+            assert all(model.measure(BenchmarkOptions(threads=threads), runs=2).ms > 0 for model in models)
+    assert len([call for call in phone.calls if "push" in call]) == 3
+
+
 def test_gpu(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     gpu = BenchmarkOptions(gpu=True)
     with Adb(SERIAL) as device:
-        model = BenchmarkTool(device, binary, gpu).load(artifact)
-        assert model.tool.runtime == "TFLite benchmark_model GPU, Pixel 7 Android 15"
-        assert model.measure(runs=2).delegate == "GPU"
+        model = BenchmarkTool(device, binary).load(artifact)
+        assert model.tool.describe(gpu) == "TFLite benchmark_model GPU, Pixel 7 Android 15"
+        assert model.measure(gpu, runs=2).delegate == "GPU"
         phone.set(gpu="partial")
-        assert model.measure(runs=2).delegate == "GPU in 3 parts, the rest on the CPU"
+        assert model.measure(gpu, runs=2).delegate == "GPU in 3 parts, the rest on the CPU"
         phone.set(gpu="none")
         message = r"^GPU was asked for, but benchmark_model did not apply it: WARN: GPU acceleration is unsupported on"
         with pytest.raises(RuntimeUnavailable, match=message) as caught:
-            model.measure(runs=2)
+            model.measure(gpu, runs=2)
         assert "Inference timings in us" in str(caught.value.__cause__), "all that the tool printed"
         phone.set(gpu="refused")
         with pytest.raises(
             RuntimeUnavailable, match=r"^the phone's GPU delegate cannot run tiny.tflite: Failed to apply"
         ):
-            model.measure(runs=2)
+            model.measure(gpu, runs=2)
 
 
 def test_nnapi_that_falls_back(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
@@ -433,8 +444,8 @@ def test_tool_that_hangs(phone: FakePhone, binary: Path, artifact: Artifact, mon
     monkeypatch.setattr("mvit_export.benchmarks.benchmark_model.LOAD_SECONDS", 3.0)
     phone.set(fault="hang:--graph")
     with pytest.raises(DeviceError, match=r"^running benchmark_model gave no answer within 6 s"), Adb(SERIAL) as device:
-        model = BenchmarkTool(device, binary, BenchmarkOptions()).load(artifact)
-        model.measure(runs=1, max_seconds=1)
+        model = BenchmarkTool(device, binary).load(artifact)
+        model.measure(BenchmarkOptions(), runs=1, max_seconds=1)
     assert phone.left == []
 
 
