@@ -22,15 +22,16 @@ class PhoneProbe:
         if setting.runtime == "pytorch":
             raise RuntimeUnavailable("PyTorch does not run on a phone behind adb")
         self.setting, self.device = setting, device
-        self.tool = BenchmarkTool(device, check_tool(binary, device), tool_options(setting))
-        self.model = self.tool.load(setting.artifact)
-        first = self.model.measure(runs=1)
-        self.runtime = f"{self.tool.runtime}, delegate: {first.delegate}"
+        self.options = tool_options(setting)
+        tool = BenchmarkTool(device, check_tool(binary, device))
+        self.model = tool.load(setting.artifact)
+        first = self.model.measure(self.options, runs=1)
+        self.runtime = f"{tool.describe(self.options)}, delegate: {first.delegate}"
         self.load_ms, self.first_ms = first.load_ms, first.first_ms
         self.rounds: list[Round] = []
 
     def sample(self, count: int) -> Sequence[float]:
-        self.rounds.append(self.model.measure(runs=count))
+        self.rounds.append(self.model.measure(self.options, runs=count))
         return [self.rounds[-1].ms]
 
     def finish(self) -> dict[str, float | None]:

@@ -63,8 +63,9 @@ class Probe:
         """Time by op type. Raises RuntimeUnavailable where the runtime has no profiler."""
         self.device.put(PROFILER, PROFILER.name)
         return self.worker.ask(
-            "profile", format=self.setting.artifact.manifest.format, model=self.model,
-            threads=self.setting.threads, runs=runs, timeout=SAMPLE_TIMEOUT,
+            "profile", model=self.model, runtime=self.setting.runtime,
+            input=self.setting.artifact.manifest.inputs[0].name, threads=self.setting.threads, runs=runs,
+            timeout=SAMPLE_TIMEOUT,
         )["ops"]  # fmt: skip
 
     @property

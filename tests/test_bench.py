@@ -145,7 +145,8 @@ def test_changed_file_is_not_measured(cli, artifacts, tmp_path):
 def test_interrupted_bench_leaves_no_record(cli, artifacts, tmp_path):
     place = shutil.copytree(artifacts / "onnx-fp32", tmp_path / "onnx-fp32")
     (place / "latency.json").unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, "-m", "mvit_export", "bench", str(place), "--budget", "60"])
+    endless = ["--budget", "60", "--precision", "0.0001%"]
+    process = subprocess.Popen([sys.executable, "-m", "mvit_export", "bench", str(place), *endless])
     time.sleep(4)
     process.send_signal(2)
     assert process.wait(20) == 130
@@ -306,13 +307,27 @@ def test_silent_runner_is_stopped():
     assert process.poll() is not None
 
 
-def test_runner_removes_its_scratch_folder_at_the_end_of_input(tmp_path):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    (scratch / "model").write_text("x")
-    done = subprocess.run([sys.executable, str(RUNNER), "--scratch", str(scratch)], input=b"", timeout=60, check=True)
-    assert done.returncode == 0
-    assert not scratch.exists()
+def test_runner_ends_with_its_input():
+    assert subprocess.run([sys.executable, str(RUNNER)], input=b"", timeout=60, check=True).returncode == 0
+
+
+def test_forced_fp16_rounds_sums_that_fp32_does_not(artifacts):
+    model = str(read_artifact(artifacts / "tflite-fp32").model_path)
+    array = np.random.default_rng(0).standard_normal((1, 3, 64, 64), dtype=np.float32)
+    outputs = []
+    for runtime in ("litert", "litert:fp16"):
+        with Worker(start(), where="local") as worker:
+            worker.ask("open", model=model, runtime=runtime, threads=1)
+            outputs.append(worker.run(array)["logits"])
+    error = np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max()
+    assert 1e-5 < error < 2e-2
+
+
+def test_profile_names_op_types(cli, artifacts):
+    done = cli("bench", artifacts, "--profile", "--json", *QUICK)
+    for row, types in zip(done.json["results"], ({"Conv", "Softmax"}, {"Softmax (NC, F32)"}), strict=True):
+        assert {op["type"] for op in row["profile"]} >= types
+        assert sum(op["share"] for op in row["profile"]) == pytest.approx(1)
 
 
 def test_threads_pin_the_process(artifacts):
