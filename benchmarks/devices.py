@@ -134,15 +134,18 @@ def last_line(text: bytes) -> str:
     return printable(lines[-1], 300) if lines else "no reason given"
 
 
-def open_device(spec: str, *, python: str | None = None) -> Device:
+def open_device(spec: str, *, python: str | None = None, binary: Path | None = None) -> Device:
     """The device that a user means; nothing is connected before it is entered.
 
     `spec` is local, arm64, ssh:HOST with HOST as OpenSSH takes it (an alias of ~/.ssh/config, user@host or
-    ssh://user@host:port), adb (the only phone) or adb:SERIAL. `python` is an ssh device's interpreter.
+    ssh://user@host:port), adb (the only phone) or adb:SERIAL. `python` is an ssh device's interpreter, `binary` the
+    benchmark tool for a phone.
     """
     kind, _, rest = spec.partition(":")
     if python is not None and kind != "ssh":
         raise UsageError(f"--device-python is for ssh:HOST, the device is {spec!r}")
+    if binary is not None and kind != "adb":
+        raise UsageError(f"--benchmark-binary is for phones behind adb, the device is {spec!r}")
     if kind == "ssh":
         return _open_ssh(f"ssh:{rest}" if rest.startswith("//") else rest, python)
     if spec == "local":

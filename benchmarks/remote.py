@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from mvit_export.artifact import Artifact
+from mvit_export.benchmarks.adb import Adb
+from mvit_export.benchmarks.benchmark_model import adb_session, check_tool
 from mvit_export.benchmarks.devices import Device, open_device
 from mvit_export.benchmarks.worker import RUNNER, START_TIMEOUT, Worker
 from mvit_export.runtimes import Session
@@ -16,12 +19,19 @@ OPEN_TIMEOUT = 300.0  # seconds; Core ML compiles, emulation is slow
 
 
 @contextmanager
-def device_sessions(spec: str, *, python: str | None = None) -> Iterator[dict[str, Any]]:
-    """Keywords for `parity.verify` that make it check on the device `spec`, which is held meanwhile."""
+def device_sessions(spec: str, *, python: str | None = None, binary: Path | None = None) -> Iterator[dict[str, Any]]:
+    """Keywords for `parity.verify` that make it check on the device `spec`, which is held meanwhile.
+
+    `binary` is TFLite's benchmark tool, for a phone.
+    """
     with ExitStack() as stack:
-        device = stack.enter_context(open_device(spec, python=python))
-        runtimes = stack.enter_context(DeviceRuntimes(device))
-        yield {"device": device.name, "sessions": lambda artifact: (runtimes.open,)}
+        device = stack.enter_context(open_device(spec, python=python, binary=binary))
+        if isinstance(device, Adb):
+            tool = check_tool(binary, device)
+            yield {"device": device.name, "sessions": lambda _: (lambda artifact: adb_session(artifact, device, tool),)}
+        else:
+            runtimes = stack.enter_context(DeviceRuntimes(device))
+            yield {"device": device.name, "sessions": lambda _: (runtimes.open,)}
 
 
 class DeviceRuntimes:

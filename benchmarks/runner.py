@@ -1,10 +1,9 @@
 """The part of the harness that runs where the model runs: a fresh process here, a Raspberry Pi, an emulated ARM, a Mac.
 
 One self-contained file for Python 3.8 or newer: standard library, numpy and the runtime found there. It answers one
-JSON line on stdout for each JSON line on stdin, and at the end of its input, which a lost connection is too, removes
-its scratch folder and itself with it.
+JSON line on stdout for each JSON line on stdin, and ends with its input, which a lost connection ends too.
 
-    python runner.py [--scratch DIR]
+    python runner.py
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import importlib
 import json
 import os
 import platform
-import shutil
-import signal
 import sys
 import threading
 import time
@@ -49,7 +46,7 @@ class Opened(NamedTuple):
 
 
 class Refusal(Exception):
-    """An answer other than a result. `kind`: unavailable (cannot be done here) or rejected (the file is at fault)."""
+    """An answer other than a result. `kind`: unavailable (not possible here), rejected (the file's fault) or misuse."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -148,12 +145,20 @@ class Runner:
             worker.join()
         return self.clock() - start
 
-    def do_profile(self, format: str, model: str, threads: int, runs: int) -> dict[str, Any]:
+    def do_profile(self, model: str, runtime: str, input: str, threads: int, runs: int) -> dict[str, Any]:
+        """Time by op type; `input` is the input's name."""
         profiling = importlib.import_module("profiling")  # the file beside this one
+        name, _, option = runtime.partition(":")
+        feeds, settings = {input: self.array}, {"threads": threads, "runs": runs}
         try:
-            return {"ops": profiling.profile(format, model, self.array, threads=threads, runs=runs)}
+            if name == "litert" and not option.startswith("delegate"):
+                settings.update(xnnpack=option != "builtin", fp16=option == "fp16")
+                return {"ops": profiling.profile_tflite(model, feeds, **settings)}
+            if name == "onnxruntime" and option in ("", "cpu"):
+                return {"ops": profiling.profile_onnx(model, feeds, **settings)}
         except profiling.ProfilerUnavailable as error:
             raise Refusal("unavailable", str(error)) from error
+        raise Refusal("unavailable", f"{runtime} has no profiler that is known here")
 
     def do_placement(self, model: str, runtime: str) -> dict[str, Any]:
         """Which device Core ML plans for each operation, by MLComputePlan."""
@@ -203,10 +208,12 @@ def onnx_runtime(spec: str, threads: int) -> tuple[str, str, Callable[[str], Ope
 
 
 def litert(spec: str, threads: int) -> tuple[str, str, Callable[[str], Opened]]:
-    """XNNPACK by default; `litert:builtin` without it; `litert:delegate=PATH` through a delegate library."""
+    """XNNPACK by default, `litert:fp16` forced to fp16, `litert:builtin` without, `litert:delegate=PATH` beside it."""
     option, _, library = spec.partition(":")[2].partition("=")
     name, module = litert_module()
     version = distribution_version(name)
+    if option == "fp16":
+        return name, version, half_litert(name, threads)
 
     def open_model(path: str) -> Opened:
         settings: dict[str, Any] = {"model_path": path, "num_threads": threads}
@@ -224,6 +231,39 @@ def litert(spec: str, threads: int) -> tuple[str, str, Callable[[str], Opened]]:
         return Opened(lambda array: dict(runner(**{input_name: array})), executed, packed_labels(path))
 
     return name, version, open_model
+
+
+def half_litert(name: str, threads: int) -> Callable[[str], Opened]:
+    """XNNPACK with every fp32 sum made in fp16: the newer API alone can force it."""
+    try:
+        from ai_edge_litert.compiled_model import CompiledModel
+        from ai_edge_litert.cpu_options import CpuOptions
+        from ai_edge_litert.options import Options
+    except ImportError as error:
+        reason = f"this {name} cannot force fp16 ({one_line(error)}): pip install 'ai-edge-litert>=2.3'"
+        raise Refusal("unavailable", reason) from error
+
+    def open_model(path: str) -> Opened:
+        flags = 4  # TFLITE_XNNPACK_DELEGATE_FLAG_FORCE_FP16
+        options = Options(cpu_options=CpuOptions(num_threads=threads, xnnpack_flags=flags))
+        model = CompiledModel.from_file(path, options=options)
+        key = model.get_signature_by_index(0)["key"]
+        details = model.get_output_tensor_details(key)
+        (fed,), outputs = model.create_input_buffers(0), model.create_output_buffers(0)
+
+        def call(array: Any) -> dict[str, Any]:
+            fed.write(array)
+            model.run_by_index(0, [fed], outputs)
+            return {
+                name: buffer.read(int(np.prod(details[name]["shape"])), details[name]["dtype"]).reshape(
+                    details[name]["shape"]
+                )
+                for name, buffer in zip(details, outputs)
+            }
+
+        return Opened(call, "CPU XNNPACK forced fp16", packed_labels(path))
+
+    return open_model
 
 
 def packed_labels(path: str) -> list[str] | None:
@@ -372,7 +412,7 @@ def pin_to(threads: int) -> list[int] | None:
     """Stay on the last `threads` cores, which on big.LITTLE boards are the big ones; None where that cannot be."""
     cpus = allowed_cpus()
     if threads > len(cpus):
-        raise Refusal("unavailable", f"{threads} threads were asked for, this process may use {len(cpus)} cores")
+        raise Refusal("misuse", f"{threads} threads were asked for, this process may use {len(cpus)} cores")
     if not hasattr(os, "sched_setaffinity"):
         return None
     os.sched_setaffinity(0, cpus[-threads:])
@@ -431,25 +471,14 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
         replies.flush()
 
 
-def stop(*_: object) -> None:
-    sys.exit(1)  # so that the scratch folder goes
-
-
-def main(arguments: list[str]) -> None:
-    scratch = arguments[1] if arguments[:1] == ["--scratch"] else None
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
+def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what runtimes print must not break the protocol
     try:
         serve(sys.stdin, replies)
     except BrokenPipeError:
         pass  # nobody reads any more
-    finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mvit_export.benchmarks import runner
-from mvit_export.errors import ArtifactError, DeviceError, RuntimeUnavailable, printable
+from mvit_export.errors import ArtifactError, DeviceError, RuntimeUnavailable, UsageError, printable
 
 RUNNER = Path(runner.__file__)
 START_TIMEOUT = 120.0  # seconds; an emulated Python imports numpy in 10
@@ -88,7 +88,7 @@ class Worker:
             raise DeviceError(f"{self.where} answered {printable(line.decode('latin-1'))!r}, expected JSON") from error
         if "ok" in answer:
             return answer["ok"]
-        kinds = {"unavailable": RuntimeUnavailable, "rejected": ArtifactError}
+        kinds = {"unavailable": RuntimeUnavailable, "rejected": ArtifactError, "misuse": UsageError}
         raise kinds.get(answer["error"]["kind"], RunError)(answer["error"]["message"])
 
     def run(self, array: np.ndarray, *, timeout: float = 300.0) -> dict[str, np.ndarray]:

@@ -298,6 +298,11 @@ def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
     return cases
 
 
+def record_name(kind: str, device: str = "local") -> str:
+    """`parity.json` is this machine's, `parity.ssh-pi.json` that of ssh:pi: neither replaces the other."""
+    return f"{kind}.json" if device == "local" else f"{kind}.{re.sub(r'[^A-Za-z0-9.]+', '-', device).strip('-.')}.json"
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON whole or not at all."""
     content = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

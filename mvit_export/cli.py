@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,12 +11,22 @@ import typer
 from typer.core import TyperGroup
 
 from mvit_export import __version__
-from mvit_export.errors import MvitExportError, UsageError
+from mvit_export.cli_base import (
+    EXIT_CODES,
+    EXIT_ERROR,
+    Artifacts,
+    BenchmarkBinary,
+    Device,
+    DevicePython,
+    Json,
+    Quiet,
+    Verbose,
+    session,
+)
+from mvit_export.cli_bench import bench
+from mvit_export.errors import UsageError
 from mvit_export.terminal import Terminal, megabytes, status_text
 
-EXIT_CODES = {"pass": 0, "fail": 1, "not-run": 3}
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click since 0.27
 
 EPILOG = """Exit codes: 0 all done and every check passed; 1 a check failed; 2 misuse or bad input; 3 nothing failed,
@@ -50,18 +59,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; people read stderr.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show what the converters print, and tracebacks.")]
-Artifacts = Annotated[
-    list[Path],
-    typer.Argument(metavar="ARTIFACT...", help="Artifact directories, directories of them, or model files inside one."),
-]
-Device = Annotated[
-    str, typer.Option(help="Where files run: local, ssh:HOST, adb:SERIAL, or arm64 (emulated; see doctor).")
-]
-DevicePython = Annotated[str | None, typer.Option(help="The Python of an ssh device (python3), e.g. a venv's.")]
 
 
 def show_version(value: bool) -> None:
@@ -185,6 +182,7 @@ def verify(
     ] = False,
     device: Device = "local",
     device_python: DevicePython = None,
+    benchmark_binary: BenchmarkBinary = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -196,7 +194,7 @@ def verify(
         results: list[parity.ParityResult] = []
         if locate and device != "local":
             raise UsageError("--locate looks into files with the runtimes of this machine; leave out --device")
-        with terminal.progress("verify") as step, runtimes_on(device, device_python) as elsewhere:
+        with terminal.progress("verify") as step, runtimes_on(device, device_python, benchmark_binary) as elsewhere:
             for path in artifacts:
 
                 def on_case(done: int, total: int, path: Path = path) -> None:
@@ -215,13 +213,13 @@ def verify(
         raise typer.Exit(EXIT_CODES[parity.overall_status(results)])
 
 
-def runtimes_on(device: str, python: str | None) -> AbstractContextManager[dict[str, Any]]:
+def runtimes_on(device: str, python: str | None, binary: Path | None) -> AbstractContextManager[dict[str, Any]]:
     """Keywords for `parity.verify`; none for this machine, whose runtimes it knows."""
-    if (device, python) == ("local", None):
+    if (device, python, binary) == ("local", None, None):
         return nullcontext({})
     from mvit_export.benchmarks.remote import device_sessions
 
-    return device_sessions(device, python=python)
+    return device_sessions(device, python=python, binary=binary)
 
 
 def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:
@@ -255,6 +253,47 @@ def inspect(artifacts: Artifacts, as_json: Json = False, quiet: Quiet = False, v
 
 
 @app.command()
+def report(
+    artifacts: Artifacts,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="File to write (html: report.html; markdown, junit: stdout).", metavar="FILE"
+        ),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="html, markdown or junit (by the name of FILE, else html).", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write one page on artifacts: verdicts, latencies, and what was not run.
+
+    It reports and does not judge: the exit code is 0 once the report is written, whatever it says. HTML is one
+    self-contained file; markdown is for a CI summary; junit is parity as JUnit XML.
+    """
+    with session(as_json, quiet, verbose) as terminal:
+        from mvit_export.report import choose_format, read_report, render, write_report
+
+        kind = choose_format(format, output)
+        target = Path("report.html") if output is None and kind == "html" else output
+        if target is None and as_json:
+            raise UsageError(f"--json and --format {kind} would share stdout; name a file with -o")
+        with terminal.progress("report") as step:
+            found = read_report(artifacts)
+            step(f"drawing {len(found.entries)} artifacts")
+            text = render(found, format=kind)
+        if target is None:
+            terminal.write(text)
+        else:
+            write_report(text, target, report=found)
+            terminal.print(status_text(found.status), f"{found.headline}; {found.latency_line}")
+            terminal.print(f"Report: {target}")
+        terminal.print_json({"status": "pass", "path": str(target), "format": kind, **found.to_json()})
+
+
+@app.command()
 def doctor(
     setup: Annotated[str | None, typer.Option(help="First build what a device needs: arm64, ARM emulation.")] = None,
     as_json: Json = False,
@@ -280,24 +319,7 @@ def doctor(
         terminal.print_json({"status": "pass", "findings": [finding.to_json() for finding in findings]})
 
 
-@contextmanager
-def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
-    """A Terminal in which an error becomes one line and an exit code."""
-    with Terminal(as_json=as_json, quiet=quiet, verbose=verbose) as terminal:
-        try:
-            yield terminal
-        except typer.Exit:
-            raise
-        except KeyboardInterrupt as error:
-            terminal.error(UsageError("interrupted; nothing half-written was left"))
-            raise typer.Exit(EXIT_INTERRUPTED) from error
-        except MvitExportError as error:
-            terminal.error(error)
-            raise typer.Exit(EXIT_ERROR) from error
-        except Exception as error:  # a bug of ours: still one line and never the exit code of a failed check
-            message = f"internal error, {type(error).__name__}: {error}; -v shows where, please report it"
-            terminal.error(RuntimeError(message).with_traceback(error.__traceback__))
-            raise typer.Exit(EXIT_ERROR) from error
+app.command()(bench)
 
 
 def main(args: list[str] | None = None) -> NoReturn:

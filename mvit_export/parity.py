@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from mvit_export.artifact import Artifact, Manifest, TensorSpec, find_artifacts, load_golden, read_artifact, write_json
+from mvit_export.artifact import (
+    Artifact,
+    Manifest,
+    TensorSpec,
+    find_artifacts,
+    load_golden,
+    read_artifact,
+    record_name,
+    write_json,
+)
 from mvit_export.cases import make_cases
 from mvit_export.errors import ArtifactError, MvitExportError, RuntimeUnavailable, UsageError, first_line
 from mvit_export.locate import Located, locate
@@ -27,7 +35,6 @@ from mvit_export.runtimes import Arrays, Overflow, Session, open_torch, openers
 PASS, FAIL, NOT_RUN = "pass", "fail", "not-run"
 REFERENCES = ("pytorch", "golden")
 Openers = Callable[[Artifact], Sequence[Callable[[Artifact], Session]]]
-PARITY = "parity.json"
 FLOAT32_UNIT, FLOAT64_UNIT = 2.0**-24, 2.0**-53  # unit roundoff
 
 
@@ -213,7 +220,7 @@ def verify(
     vectors; needs numpy, safetensors and the runtime alone). `find_layer` also names the first layer at which a file
     leaves PyTorch. `on_case(done, total)` is called for progress.
     `sessions` gives the runtimes for an artifact where these are not the machine's own; `device` names where they are,
-    and the verdict then goes to a file of its own, `record_name(device)`.
+    and the verdict then goes to a file of its own, `record_name`.
     Raises ArtifactError, WeightsError or UsageError where the question itself cannot be asked.
     """
     if against not in REFERENCES:
@@ -227,7 +234,7 @@ def verify(
     places = find_artifacts(path)
     for place in places:
         with suppress(OSError):  # a verdict of yesterday says nothing if today's check ends in an error
-            (place / record_name(device)).unlink(missing_ok=True)
+            (place / record_name("parity", device)).unlink(missing_ok=True)
     artifacts = [read_artifact(place) for place in places]
     results: list[ParityResult] = []
     for artifact in artifacts:
@@ -239,15 +246,10 @@ def verify(
     return tuple(results)
 
 
-def record_name(device: str) -> str:
-    """The file that keeps a device's verdict: parity.json is this machine's, parity.ssh-pi.json that of ssh:pi."""
-    return PARITY if device == "local" else f"parity.{re.sub(r'[^A-Za-z0-9.]+', '-', device).strip('-.')}.json"
-
-
 def store_verdicts(artifact: Artifact, verdicts: list[ParityResult]) -> list[ParityResult]:
     """Write them beside the model; for a read-only artifact they say that they were not stored."""
     try:
-        write_json(artifact.path / record_name(verdicts[0].device), summarise(verdicts))
+        write_json(artifact.path / record_name("parity", verdicts[0].device), summarise(verdicts))
     except ArtifactError as error:
         return [replace(verdict, note=f"{verdict.note}; {error}".lstrip("; ")) for verdict in verdicts]
     return verdicts

@@ -82,7 +82,7 @@ def open_tflite(artifact: Artifact) -> Session:
     def run(array: np.ndarray) -> Arrays:
         return dict(runner(**{input_name: array}))
 
-    return Session(f"{name} {version} CPU", run, _packed_labels(artifact))
+    return Session(f"{name} {version} CPU", run, packed_labels(artifact))
 
 
 def litert_runtime() -> tuple[str, str, Any]:
@@ -102,7 +102,7 @@ def litert_runtime() -> tuple[str, str, Any]:
     raise RuntimeUnavailable("; ".join(reasons) or "no TFLite runtime is installed: pip install ai-edge-litert")
 
 
-def _packed_labels(artifact: Artifact) -> tuple[str, ...] | None:
+def packed_labels(artifact: Artifact) -> tuple[str, ...] | None:
     """TFLite metadata packs its label file as a zip at the end of the model."""
     try:
         with zipfile.ZipFile(artifact.model_path) as packed:

@@ -67,6 +67,12 @@ class Terminal:
                 self.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
                 self.stdout.flush()
 
+    def write(self, text: str) -> None:
+        """A document that was asked for on stdout, also with `--quiet`."""
+        with suppress(BrokenPipeError):
+            self.stdout.write(text)
+            self.stdout.flush()
+
     def error(self, error: BaseException) -> None:
         """One line on stderr, the traceback after it with `--verbose`; under `--json` a document as well."""
         message = one_line(error)

@@ -21,8 +21,9 @@ import mvit_export
 from mvit_export import errors
 
 HEAVY = (
-    "ai_edge_litert", "ai_edge_quantizer", "coremltools", "huggingface_hub", "litert_torch", "numpy", "onnx",
-    "onnxruntime", "onnxscript", "PIL", "safetensors", "tflite_runtime", "timm", "torch", "torchvision", "transformers",
+    "ai_edge_litert", "ai_edge_quantizer", "coremltools", "huggingface_hub", "jinja2", "litert_torch", "matplotlib",
+    "numpy", "onnx", "onnxruntime", "onnxscript", "PIL", "safetensors", "tflite_runtime", "timm", "torch",
+    "torchvision", "transformers",
 )  # fmt: skip
 
 
@@ -54,13 +55,14 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     assert "mvit_export/converters/to_onnx.py" in names
 
 
-def test_wheel_holds_photos_and_licences(wheel: Path) -> None:
+def test_wheel_holds_photos_templates_and_licences(wheel: Path) -> None:
     names = contents(wheel)
     assert {
         "mvit_export/photos/chelsea.jpg",
         "mvit_export/photos/coffee.jpg",
         "mvit_export/photos/LICENSE.txt",
     } <= names
+    assert {"mvit_export/report/page.html", "mvit_export/report/style.css"} <= names
     licences = {name.split("/licenses/")[1] for name in names if "/licenses/" in name}
     assert licences == {"LICENSE", "mvit_export/photos/LICENSE.txt"}
 
@@ -96,10 +98,18 @@ def requirements(wheel: Path, extra: str) -> list[str]:
 
 
 def test_extras(wheel: Path) -> None:
-    assert sorted(metadata(wheel).get_all("Provides-Extra") or []) == ["all", "coreml", "dev", "hub", "onnx", "tflite"]
+    assert sorted(metadata(wheel).get_all("Provides-Extra") or []) == [
+        "all",
+        "coreml",
+        "dev",
+        "hub",
+        "onnx",
+        "report",
+        "tflite",
+    ]
     (everything,) = requirements(wheel, "all")
     names = everything.removeprefix("mvit-export[").removesuffix("]").split(",")
-    assert sorted(names) == ["coreml", "hub", "onnx", "tflite"]
+    assert sorted(names) == ["coreml", "hub", "onnx", "report", "tflite"]
     assert "mvit-export[all]" in requirements(wheel, "dev")
 
 
@@ -192,7 +202,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["parity", "artifact", "runtimes", "cases", "preprocessing", "staging", "inspection"]
+    "module", ["parity", "artifact", "runtimes", "cases", "preprocessing", "staging", "inspection", "report"]
 )
 def test_device_modules_import_numpy_at_most(module: str) -> None:
     """What a device without torch needs to verify."""

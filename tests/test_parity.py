@@ -240,11 +240,11 @@ class Flip(nn.Module):
 
 def test_damaged_file_leaves_no_old_verdict(tiny_model: Any, tmp_path: Path) -> None:
     (result,) = export(tiny_model, to="onnx", out=tmp_path)
-    assert (result.artifact.path / parity.PARITY).exists()
+    assert (result.artifact.path / "parity.json").exists()
     result.artifact.model_path.write_bytes(b"")
     with pytest.raises(ArtifactError, match="was changed after the export"):
         verify(tmp_path)
-    assert not (result.artifact.path / parity.PARITY).exists()
+    assert not (result.artifact.path / "parity.json").exists()
 
 
 @pytest.mark.parametrize("status", ["pass", "fail"])

@@ -1,0 +1,123 @@
+"""What there is to measure: every artifact in every runtime that was asked for and takes its format."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mvit_export.artifact import Artifact, TensorSpec
+from mvit_export.cases import image_size
+from mvit_export.errors import UsageError
+from mvit_export.formats import choose
+
+# runtime: (format or None for all, its options); one with `=` takes a value. The first runtime of a format is its own.
+RUNTIMES = {
+    "onnxruntime": ("onnx", ("cpu", "xnnpack", "coreml", "nnapi", "qnn")),
+    "litert": ("tflite", ("builtin", "fp16", "gpu", "nnapi", "delegate=PATH")),
+    "coreml": ("coreml", ("all", "cpuOnly", "cpuAndGPU", "cpuAndNeuralEngine")),
+    "pytorch": (None, ()),
+}
+DEFAULT_RUNTIMES = {"onnx": "onnxruntime", "tflite": "litert", "coreml": "coreml"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the result: what runs, in what, with how many threads and on which input."""
+
+    artifact: Artifact
+    runtime: str  # name[:option]
+    asked: bool  # by name: if it cannot be had, that is an error
+    threads: int
+    input_shape: tuple[int, ...]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The input of the PyTorch model, NCHW where the file takes pictures (NHWC)."""
+        if self.artifact.manifest.inputs[0].layout != "NHWC":
+            return self.input_shape
+        batch, height, width, channels = self.input_shape
+        return batch, channels, height, width
+
+    @property
+    def feed(self) -> tuple[tuple[int, ...], str]:
+        """Shape and type of what the runtime is given."""
+        if self.runtime == "pytorch":
+            return self.tensor_shape, "float32"
+        return self.input_shape, self.artifact.manifest.inputs[0].dtype
+
+    @property
+    def group(self) -> tuple[int, tuple[int, ...]]:
+        """Those of one group are sampled together; ratios are taken inside it."""
+        return self.threads, self.input_shape
+
+
+def plan_settings(
+    artifacts: Sequence[Artifact],
+    *,
+    runtimes: Sequence[str] = (),
+    threads: Sequence[int] = (1,),
+    batches: Sequence[int] = (1,),
+    sizes: Sequence[tuple[int, int]] = (),
+) -> list[Setting]:
+    """Every combination, those of one group side by side. Refuses what no artifact can satisfy, before any work."""
+    named = [check_runtime(runtime) for runtime in runtimes]
+    # One artifact stands for all that were exported from the same weights where PyTorch itself is measured.
+    references = {a.manifest.weights.state_sha256: a for a in reversed(artifacts)}.values()
+    found = []
+    for count, artifact in itertools.product(threads, artifacts):
+        fits = [r for r in named if takes(r, artifact)] or [DEFAULT_RUNTIMES[artifact.manifest.format]]
+        for shape in input_shapes(artifact, batches=batches, sizes=sizes):
+            found += [
+                Setting(artifact, r, r in named, count, shape)
+                for r in fits
+                if r != "pytorch" or any(artifact is reference for reference in references)
+            ]
+    for runtime in named:
+        if not any(setting.runtime == runtime for setting in found):
+            given = ", ".join(sorted({a.manifest.format for a in artifacts}))
+            taken = RUNTIMES[runtime.partition(":")[0]][0]
+            raise UsageError(f"--runtime {runtime} takes {taken} files, given: {given}")
+    return sorted(found, key=lambda setting: [s.group for s in found].index(setting.group))
+
+
+def check_runtime(text: str) -> str:
+    """`name[:option[=value]]` if there is such a runtime; else an error with the list."""
+    name, colon, option = text.partition(":")
+    name = choose(name, RUNTIMES, what="--runtime")
+    if not colon:
+        return name
+    key, equals, value = option.partition("=")
+    options = {o.partition("=")[0]: o for o in RUNTIMES[name][1]}
+    if key not in options or bool(equals) != ("=" in options[key]) or (equals and not value):
+        expected = ", ".join(RUNTIMES[name][1]) or "none"
+        raise UsageError(f"--runtime {text}: {name} has no option {option!r}, expected one of {expected}")
+    return f"{name}:{option}"
+
+
+def takes(runtime: str, artifact: Artifact) -> bool:
+    return RUNTIMES[runtime.partition(":")[0]][0] in (None, artifact.manifest.format)
+
+
+def input_shapes(
+    artifact: Artifact, *, batches: Sequence[int], sizes: Sequence[tuple[int, int]]
+) -> list[tuple[int, ...]]:
+    """The artifact's input shapes for these batches and sizes. Raises UsageError, listing its own, for others."""
+    spec = artifact.manifest.inputs[0]
+    shapes = [shape_of_size(artifact, spec, size) for size in sizes] or [spec.shape]
+    if spec.shape[0] is not None and any(batch != spec.shape[0] for batch in batches if batch != 1):
+        raise UsageError(
+            f"--batch {', '.join(map(str, batches))}: {artifact.path} takes batches of {spec.shape[0]} only; "
+            "export ONNX with --dynamic-batch"
+        )
+    fixed = [batch if spec.shape[0] is None else spec.shape[0] for batch in batches]
+    return [(batch, *(side or 1 for side in shape[1:])) for shape in shapes for batch in dict.fromkeys(fixed)]
+
+
+def shape_of_size(artifact: Artifact, spec: TensorSpec, size: tuple[int, int]) -> tuple[int | None, ...]:
+    shapes = spec.enumerated or (spec.shape,)
+    for shape in shapes:
+        if len(shape) == 4 and image_size(shape, spec) == size:
+            return shape
+    known = ", ".join("{}x{}".format(*image_size(shape, spec)) for shape in shapes if len(shape) == 4)
+    raise UsageError(f"--image-size {size[0]}x{size[1]}: {artifact.path} takes {known or spec.shape} only")

@@ -1,0 +1,48 @@
+"""What the JSON files of artifacts say, as one page for people (HTML), for a CI summary (Markdown) or for CI (JUnit).
+
+Only files are read: nothing is verified or measured here, and what was not is listed with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mvit_export.errors import UsageError
+from mvit_export.files import write_whole
+from mvit_export.formats import choose
+from mvit_export.report.junit import render_junit
+from mvit_export.report.markdown import render_markdown
+from mvit_export.report.page import render_html
+from mvit_export.report.records import Report, read_report
+
+__all__ = ["choose_format", "read_report", "render", "write_report"]
+
+RENDERERS: dict[str, Callable[[Report], str]] = {
+    "html": render_html,
+    "markdown": render_markdown,
+    "junit": render_junit,
+}
+SUFFIXES = {".md": "markdown", ".xml": "junit"}
+
+
+def choose_format(name: str | None, output: Path | None) -> str:
+    """The format asked for, else what the output's name says, else html."""
+    if name is not None:
+        return choose(name, RENDERERS, what="--format")
+    return SUFFIXES.get(output.suffix.lower(), "html") if output else "html"
+
+
+def render(report: Report, *, format: str) -> str:
+    return RENDERERS[format](report)
+
+
+def write_report(text: str, path: Path, *, report: Report) -> None:
+    """Write the report whole or not at all. Raises UsageError where it cannot be, or would hit an artifact."""
+    for entry in report.entries:
+        if path.resolve().is_relative_to(entry.artifact.path.resolve()):
+            raise UsageError(f"-o {path} lies inside the artifact {entry.path}; name a file outside of it")
+    try:
+        write_whole(path, text.encode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"-o {path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,43 @@
+"""Parity as JUnit XML, which CI systems show as test results: a case for each artifact and runtime."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from mvit_export.parity import FAIL, NOT_RUN
+from mvit_export.report import words
+from mvit_export.report.records import Entry, Report, Verdict
+
+
+def render_junit(report: Report) -> str:
+    counts = report.checks
+    numbers = {"tests": sum(counts.values()), "failures": counts[FAIL], "errors": 0, "skipped": counts[NOT_RUN]}
+    totals = {name: str(count) for name, count in numbers.items()}
+    root = ET.Element("testsuites", totals)
+    suite = ET.SubElement(root, "testsuite", {"name": "parity", **totals})
+    for entry in report.entries:
+        for verdict in entry.verdicts:
+            add_verdict(suite, verdict)
+        if not entry.verdicts:
+            add_missing(suite, entry)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def add_verdict(suite: ET.Element, verdict: Verdict) -> None:
+    case = ET.SubElement(suite, "testcase", classname=verdict.label, name=verdict.runtime or "parity")
+    if verdict.status == FAIL:
+        ET.SubElement(case, "failure", message=verdict.reason)
+    elif verdict.status == NOT_RUN:
+        ET.SubElement(case, "skipped", message=verdict.reason)
+    if verdict.psnr_db is not None:
+        figures = f"PSNR {words.decibels(verdict.psnr_db)}, max error {words.tiny(verdict.max_rel)} of scale"
+        compared = f"{verdict.inputs} inputs against {verdict.against}"
+        ET.SubElement(case, "system-out").text = "; ".join(filter(None, [figures, compared, verdict.note]))
+
+
+def add_missing(suite: ET.Element, entry: Entry) -> None:
+    """An artifact without any verdict: skipped, with the reason and the command that would check it."""
+    gap = next(gap for gap in entry.gaps if gap.what == "parity")
+    case = ET.SubElement(suite, "testcase", classname=entry.label, name="parity")
+    ET.SubElement(case, "skipped", message=f"{gap.reason}; run: {gap.command}")

@@ -1,0 +1,278 @@
+"""Profiles by op type: whole, of the file that was asked for, and refused in words where there is no profiler."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import ROOT
+
+from mvit_export.artifact import Artifact, read_artifact
+from mvit_export.benchmarks import profiling
+from mvit_export.benchmarks.profiling import ProfilerUnavailable, Row, make_rows, profile_onnx, profile_tflite
+from mvit_export.inspection import inspect_artifact
+from mvit_export.runtimes import open_tflite
+
+PROFILERS = {"onnx": profile_onnx, "tflite": profile_tflite}
+IMAGE = np.random.default_rng(0).random((1, 3, 64, 64), np.float32)
+
+
+@pytest.fixture
+def artifact(tiny_artifact: Callable[..., Path]) -> Callable[[str], Artifact]:
+    return lambda fmt: read_artifact(tiny_artifact(fmt))
+
+
+def by_type(rows: list[Row]) -> dict[str, Row]:
+    return {row["type"]: row for row in rows}
+
+
+@pytest.mark.parametrize("fmt", PROFILERS)
+def test_rows_are_whole(artifact: Callable[[str], Artifact], fmt: str) -> None:
+    rows = PROFILERS[fmt](str(artifact(fmt).model_path), {"image": IMAGE}, runs=20)
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    total = sum(row["ms"] for row in rows)
+    assert all(row["share"] == pytest.approx(row["ms"] / total) and row["ms"] >= 0 for row in rows)
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    assert len(by_type(rows)) == len(rows) and by_type(rows)["(runtime)"]["count"] == 0
+    json.dumps(rows, allow_nan=False)  # plain numbers
+
+
+def test_sum_is_about_the_latency_onnx(tmp_path: Path) -> None:
+    """On a few heavy nodes, where the profiler's own microseconds do not matter."""
+    shape, node = [1, 16, 128, 128], onnx.helper.make_node
+    weight = onnx.numpy_helper.from_array(np.random.default_rng(0).random((16, 16, 3, 3), np.float32), "w")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("image", "logits")]
+    nodes = [
+        node("Conv", ["image", "w"], ["c"], pads=[1] * 4),
+        node("Softmax", ["c"], ["s"]),
+        node("Erf", ["s"], ["e"]),
+    ]
+    graph = onnx.helper.make_graph(
+        [*nodes, node("Conv", ["e", "w"], ["logits"], pads=[1] * 4)], "g", values[:1], values[1:], [weight]
+    )
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    onnx.save(model, tmp_path / "m.onnx")
+    feeds = {"image": np.random.default_rng(0).random(shape, np.float32)}
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+    rows = profile_onnx(str(tmp_path / "m.onnx"), feeds, runs=20)
+    assert by_type(rows)["Conv"]["count"] == 2 and by_type(rows)["Erf"]["ms"] > 0
+    assert 0.5 < sum(row["ms"] for row in rows) / latency(lambda: session.run(None, feeds)) < 2
+
+
+def test_sum_is_about_the_latency_tflite(artifact: Callable[[str], Artifact]) -> None:
+    session = open_tflite(artifact("tflite"))
+    rows = profile_tflite(str(artifact("tflite").model_path), {"image": IMAGE}, runs=20)
+    assert 0.4 < sum(row["ms"] for row in rows) / latency(lambda: session.run(IMAGE)) < 2.5
+
+
+def latency(run: Callable[[], object]) -> float:
+    """The median of 40 runs, in ms."""
+    times = []
+    for _ in range(40):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(times))
+
+
+def test_onnx_types_are_those_of_the_optimised_graph(artifact: Callable[[str], Artifact]) -> None:
+    rows = by_type(profile_onnx(str(artifact("onnx").model_path), {"image": IMAGE}, runs=3))
+    operators = inspect_artifact(artifact("onnx"))["operators"]
+    assert rows["Conv"]["count"] == operators["Conv"] and rows["Softmax"]["count"] == operators["Softmax"]
+    assert "QuickGelu" in rows and "QuickGelu" not in operators, "x * sigmoid(x), fused"
+    assert rows["Conv"]["ms"] > 0
+
+
+def test_xnnpack_shows_its_kernels_not_one_delegate(artifact: Callable[[str], Artifact]) -> None:
+    rows = by_type(profile_tflite(str(artifact("tflite").model_path), {"image": IMAGE}, runs=3))
+    operators = inspect_artifact(artifact("tflite"))["operators"]
+    assert sum(row["count"] for kind, row in rows.items() if kind.startswith("Softmax")) == operators["SOFTMAX"]
+    assert rows["Convolution (NHWC, F32) DWConv"]["count"] == operators["DEPTHWISE_CONV_2D"]
+    assert any(kind.startswith("Fully Connected") and row["ms"] > 0 for kind, row in rows.items())
+    assert not any("elegate" in kind for kind in rows)
+
+
+def test_without_xnnpack_the_types_are_the_files(artifact: Callable[[str], Artifact]) -> None:
+    rows = by_type(profile_tflite(str(artifact("tflite").model_path), {"image": IMAGE}, runs=3, xnnpack=False))
+    found = {kind: row["count"] for kind, row in rows.items() if kind != "(runtime)"}
+    assert found == inspect_artifact(artifact("tflite"))["operators"]
+
+
+def test_forced_fp16_shows_in_the_kernels(artifact: Callable[[str], Artifact]) -> None:
+    rows = profile_tflite(str(artifact("tflite").model_path), {"image": IMAGE}, runs=3, fp16=True)
+    kinds = " ".join(row["type"] for row in rows)
+    assert "F16" in kinds and "F32" not in kinds
+    with pytest.raises(ValueError, match="only XNNPACK has fp16 kernels"):
+        profile_tflite(str(artifact("tflite").model_path), {"image": IMAGE}, runs=3, fp16=True, xnnpack=False)
+
+
+def test_what_is_profiled_is_the_inference_of_that_input(artifact: Callable[[str], Artifact]) -> None:
+    """Through the C library comes what the interpreter computes."""
+    with ExitStack() as stack:
+        model = profiling.LiteRtModel(stack, str(artifact("tflite").model_path), threads=1, xnnpack=True, fp16=False)
+        model.feed({"image": IMAGE})
+        model.profile_run()
+        expected, address = open_tflite(artifact("tflite")).run(IMAGE)["logits"], ctypes.c_void_p()
+        model._call("LiteRtLockTensorBuffer", model._outputs["logits"], ctypes.byref(address), 0)
+        found = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), expected.shape).copy()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_every_run_is_counted_alone(artifact: Callable[[str], Artifact]) -> None:
+    """LiteRT's summary adds up from run to run; ours does not."""
+    with ExitStack() as stack:
+        model = profiling.LiteRtModel(stack, str(artifact("tflite").model_path), threads=1, xnnpack=False, fp16=False)
+        runs = [model.profile_run() for _ in range(30)]
+    sums = [sum(ms for ms, _ in run.values()) for run in runs]
+    assert np.median(sums[20:]) < 3 * np.median(sums[:10])
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({"picture": IMAGE}, r"^the file's inputs are \['image'\], given: \['picture'\]$"),
+        ({"image": IMAGE[:, :, :32]}, r"^image takes 49152 bytes, given: 24576 \(\(1, 3, 32, 64\)\)$"),
+    ],
+)
+def test_wrong_feeds(artifact: Callable[[str], Artifact], feeds: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        profile_tflite(str(artifact("tflite").model_path), feeds, runs=1)
+
+
+# The arithmetic
+
+
+def test_rest_of_the_latency_is_the_runtimes() -> None:
+    rows = make_rows([{"Conv": (3.0, 2), "Add": (1.0, 5)}] * 4, [5.0, 5.0, 90.0, 80.0])
+    assert rows == [
+        {"type": "Conv", "ms": 3.0, "share": 0.6, "count": 2},
+        {"type": "(runtime)", "ms": 1.0, "share": 0.2, "count": 0},
+        {"type": "Add", "ms": 1.0, "share": 0.2, "count": 5},
+    ]
+
+
+def test_disturbed_runs_do_not_count() -> None:
+    quiet = [{"Conv": (3.0, 1), "Add": (1.0, 1)}, {"Conv": (2.0, 1), "Add": (1.0, 1)}]
+    disturbed = [{"Conv": (3.0, 1), "Add": (100.0, 1)}, {"Conv": (300.0, 1), "Add": (1.0, 1)}]
+    rows = by_type(make_rows([disturbed[0], *quiet, disturbed[1]], [3.0]))
+    assert (rows["Conv"]["ms"], rows["Add"]["ms"], rows["(runtime)"]["ms"]) == (2.5, 1.0, 0.0)
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("per_run", [[], [{}], [{}, {"Conv": (1.0, 1)}]], ids=["no run", "no op", "a run without ops"])
+def test_profile_of_nothing_is_refused(per_run: list[profiling.OpTimes]) -> None:
+    with pytest.raises(ProfilerUnavailable, match=r"^the profiler reported no op at all$"):
+        make_rows(per_run, [1.0])
+
+
+def test_onnx_events_belong_to_their_run() -> None:
+    def event(name: str, start: int, length: int, op: str = "", category: str = "Node") -> dict[str, object]:
+        return {"cat": category, "name": name, "ts": start, "dur": length, "args": {"op_name": op}}
+
+    events = [
+        event("model_loading_uri", 0, 90, category="Session"),
+        event("a_kernel_time", 110, 20, "Conv"),
+        event("b_kernel_time", 140, 30, "Conv"),
+        event("b_fence_after", 171, 5, "Conv"),
+        event("model_run", 100, 100, category="Session"),
+        event("a_kernel_time", 310, 5, "Add"),
+        event("model_run", 300, 50, category="Session"),
+    ]
+    assert profiling.onnx_op_times(events) == [{"Conv": (0.05, 2)}, {"Add": (0.005, 1)}]
+
+
+# No profiler
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (
+            None,
+            r"^per-op times of TFLite files come from ai-edge-litert, which is not installed \(tflite-runtime has no",
+        ),
+        ("2.4.1", r"^the profiler of ai-edge-litert 2.4.1 is not known here, only that of 2.3$"),
+        ("1.4.0", r"^the profiler of ai-edge-litert 1.4.0 is not known here"),
+    ],
+)
+def test_runtime_without_profiler(
+    artifact: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch, version: str | None, message: str
+) -> None:
+    def find(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    path = str(artifact("tflite").model_path)
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    with pytest.raises(ProfilerUnavailable, match=message):
+        profile_tflite(path, {"image": IMAGE})
+
+
+def test_wheel_without_the_c_library(
+    artifact: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ai_edge_litert
+
+    path = str(artifact("tflite").model_path)
+    monkeypatch.setattr(ai_edge_litert, "__path__", [str(tmp_path)])
+    with pytest.raises(ProfilerUnavailable, match=r"^ai-edge-litert 2.3\S* came without its C library, libLiteRt$"):
+        profile_tflite(path, {"image": IMAGE})
+
+
+def test_file_that_the_library_does_not_take(tmp_path: Path) -> None:
+    (tmp_path / "bad.tflite").write_bytes(b"no flatbuffer" * 100)
+    with pytest.raises(
+        ProfilerUnavailable, match=r"does not work with this file: LiteRtCreateModelFromFile gave error \d+$"
+    ):
+        profile_tflite(str(tmp_path / "bad.tflite"), {"image": IMAGE})
+
+
+def test_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ProfilerUnavailable, match=r"^onnxruntime does not import "):
+        profile_onnx("model.onnx", {"image": IMAGE})
+
+
+@pytest.mark.parametrize("summary", ["", "===== Summary by node type =====\n", "another table\nConv 3 0.5 100%\n"])
+def test_summary_of_another_form(summary: str) -> None:
+    with pytest.raises(ProfilerUnavailable, match=r"^the summary of LiteRT's profiler has another form"):
+        profiling.tflite_op_times(summary)
+
+
+# On a device
+
+
+def test_file_works_alone(artifact: Callable[[str], Artifact], tmp_path: Path) -> None:
+    """It may be copied to where there is no mvit_export, and leaves no trace file there."""
+    shutil.copy(ROOT / "benchmarks/profiling.py", tmp_path)
+    code = f"""if True:
+        import json, sys, numpy, profiling
+        feeds = {{"image": numpy.zeros((1, 3, 64, 64), "float32")}}
+        one = profiling.profile_onnx({str(artifact("onnx").model_path)!r}, feeds, runs=1)
+        other = profiling.profile_tflite({str(artifact("tflite").model_path)!r}, feeds, runs=1)
+        print(json.dumps([len(one) > 5, len(other) > 5, "mvit_export" in sys.modules]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True, True, False]
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["__pycache__", "profiling.py"], ["profiling.py"])
+
+
+def test_file_reads_as_python_3_8() -> None:
+    ast.parse((ROOT / "benchmarks/profiling.py").read_text(encoding="utf-8"), feature_version=(3, 8))
