@@ -130,6 +130,25 @@ def rehash(place: Path) -> None:
     write_json(place / "manifest.json", manifest)
 
 
+@pytest.fixture
+def copy(tiny_artifact: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """`copy("tflite", "fp16")` -> an artifact directory of the test's own."""
+    return lambda *kind: Path(shutil.copytree(tiny_artifact(*kind), tmp_path / "-".join(kind)))
+
+
+def swap_weights(place: Path) -> None:
+    """Give two classes of the tiny network each other's weights, in the fp32 file itself."""
+    from tiny import tiny
+
+    weight = tiny().classifier.weight.detach()
+    swapped = weight[torch.tensor([1, 0, *range(2, 10)])]
+    (file,) = place.glob("tiny.*")
+    content = file.read_bytes()
+    assert content.count(weight.numpy().tobytes()) == 1
+    file.write_bytes(content.replace(weight.numpy().tobytes(), swapped.numpy().tobytes()))
+    rehash(place)
+
+
 @dataclass(frozen=True)
 class Environment:
     """A virtual environment of its own; nothing of ours leaks in."""

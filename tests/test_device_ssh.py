@@ -18,8 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import LABELS, NEEDS_TFLITE_RUNTIME, ROOT, Environment, Finished, rehash, run_cli, unavailable
+from conftest import (
+    LABELS,
+    NEEDS_TFLITE_RUNTIME,
+    ROOT,
+    Environment,
+    Finished,
+    rehash,
+    run_cli,
+    swap_weights,
+    unavailable,
+)
 
 from mvit_export.benchmarks import devices, ssh
 from mvit_export.benchmarks.devices import open_device
@@ -179,12 +188,6 @@ def on_box(
 
 
 @pytest.fixture
-def copy(tiny_artifact: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """`copy("tflite")` -> an artifact directory of the test's own."""
-    return lambda *kind: Path(shutil.copytree(tiny_artifact(*kind), tmp_path / "-".join(kind)))
-
-
-@pytest.fixture
 def check(box: Callable[..., Ssh]) -> Callable[[Path], ParityResult]:
     """Verify one artifact on the device, in this process."""
 
@@ -194,19 +197,6 @@ def check(box: Callable[..., Ssh]) -> Callable[[Path], ParityResult]:
             return result
 
     return verify_there
-
-
-def swap_weights(place: Path) -> None:
-    """Give two classes each other's weights, in the file itself."""
-    from tiny import tiny
-
-    weight = tiny().classifier.weight.detach()
-    swapped = weight[torch.tensor([1, 0, *range(2, 10)])]
-    (file,) = place.glob("tiny.*")
-    content = file.read_bytes()
-    assert content.count(weight.numpy().tobytes()) == 1
-    file.write_bytes(content.replace(weight.numpy().tobytes(), swapped.numpy().tobytes()))
-    rehash(place)
 
 
 # Files and programs
@@ -327,6 +317,20 @@ def test_locate_is_refused(on_box: Callable[..., Finished], copy: Callable[..., 
     assert (done.code, done.err) == (
         2, "mvit-export: error: --locate looks into files with the runtimes of this machine; leave out --device\n",
     )  # fmt: skip
+
+
+def test_bench_over_ssh(
+    ssh_command: dict[str, str], device_environment: Environment, copy: Callable[..., Path]
+) -> None:
+    place = copy("tflite")
+    options = ["--device", "ssh:box", "--device-python", device_environment.python, "--budget", "1", "--no-roofline"]
+    done = run_cli("bench", place, "--json", *options, env=ssh_command)
+    assert done.code == 0, done.err
+    (row,) = done.json["results"]
+    assert (row["status"], row["device"]) == ("measured", "ssh:box")
+    assert row["runtime"] == "tflite-runtime 2.14.0 CPU XNNPACK"
+    assert 0 < row["min_ms"] <= row["median_ms"] <= row["p99_ms"]
+    assert json.loads((place / "latency.ssh-box.json").read_text())["results"] == [row]
 
 
 # What goes wrong

@@ -50,12 +50,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def copy(tiny_artifact: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """`copy("tflite", "fp16", "tensor")` -> an artifact directory of the test's own."""
-    return lambda *kind: Path(shutil.copytree(tiny_artifact(*kind), tmp_path / "-".join(kind)))
-
-
 def alter_golden(place: Path) -> None:
     """Change one stored output a little and fix the manifest's hash, so that only the numbers can tell."""
     cases = load_golden(read_artifact(place))
