@@ -9,6 +9,7 @@ JSON line on stdout for each JSON line on stdin, and ends with its input, which 
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
 import glob
 import importlib
@@ -474,10 +475,8 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what runtimes print must not break the protocol
-    try:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads any more
         serve(sys.stdin, replies)
-    except BrokenPipeError:
-        pass  # nobody reads any more
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Configured by `phone.json` in the folder FAKE_ADB_ROOT:
     devices  {serial: state}
     abi      what getprop tells
     fault    "" or one of: full (a push finds no space), vanish:N (the phone goes at the Nth call to it),
-             hang:WORD (a shell command with WORD never ends), mute (answers break off), silent-push (an old client:
+             hang (the benchmark tool never ends), mute (answers break off), silent-push (an old client:
              ends with 0 although the copy failed), crlf (an old phone's line ends)
     gpu      how the benchmark tool fares with a GPU: full, partial, refused, none
 Its messages are those of the client 1.0.41 and of a phone's sync service.
@@ -93,9 +93,7 @@ def pull(paths: list[str], _: dict[str, str]) -> int:
 def shell(words: list[str], phone: dict[str, str]) -> int:
     """Run as the phone's shell would: in a session of its own, which outlives this client."""
     script = " ".join(words)
-    kind, _, word = phone["fault"].partition(":")
-    if kind == "hang" and word in script:
-        script = script.replace("wait $!", "sleep 600 & wait $!")
+    kind = phone["fault"]
     script = re.sub(rf"{SHARED}/\S*/benchmark_model(?= --)", lambda found: start_of(found[0]), script)
     script = script.replace(SHARED, str(ROOT / "tmp"))
     prelude = (

@@ -26,6 +26,8 @@ def main(arguments: list[str]) -> int:
     given = dict(word.removeprefix("--").split("=", 1) for word in arguments)
     flags = DEFAULTS | given
     info("STARTING!")
+    if phone()["fault"] == "hang":
+        time.sleep(600)
     unknown = [word for word in arguments if word.removeprefix("--").split("=")[0] not in DEFAULTS]
     if unknown:
         print("WARN: Unconsumed cmdline flags:", *unknown)
@@ -55,6 +57,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def phone() -> dict[str, Any]:
+    """What tests/fake_adb.py is told."""
+    return json.loads(Path(os.environ["FAKE_ADB_ROOT"], "phone.json").read_text())
+
+
 def info(text: str) -> None:
     print(f"INFO: {text}", flush=True)
 
@@ -74,7 +81,7 @@ def load(flags: dict[str, str]) -> Any:
 
 def apply_delegates(flags: dict[str, str]) -> bool:
     """Say what the tool says; how a GPU fares is the test's choice."""
-    gpu = json.loads(Path(os.environ["FAKE_ADB_ROOT"], "phone.json").read_text())["gpu"]
+    gpu = phone()["gpu"]
     whole = "delegate, and the model graph will be completely executed by the delegate."
     if flags["use_gpu"] == "true":
         if gpu == "refused":

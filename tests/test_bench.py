@@ -145,7 +145,8 @@ def test_changed_file_is_not_measured(cli, artifacts, tmp_path):
 def test_interrupted_bench_leaves_no_record(cli, artifacts, tmp_path):
     place = shutil.copytree(artifacts / "onnx-fp32", tmp_path / "onnx-fp32")
     (place / "latency.json").unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, "-m", "mvit_export", "bench", str(place), "--budget", "60"])
+    endless = ["--budget", "60", "--precision", "0.0001%"]
+    process = subprocess.Popen([sys.executable, "-m", "mvit_export", "bench", str(place), *endless])
     time.sleep(4)
     process.send_signal(2)
     assert process.wait(20) == 130

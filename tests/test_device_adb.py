@@ -442,10 +442,15 @@ def test_file_that_the_tool_rejects(phone: FakePhone, binary: Path, artifact: Ar
 
 def test_tool_that_hangs(phone: FakePhone, binary: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvit_export.benchmarks.benchmark_model.LOAD_SECONDS", 3.0)
-    phone.set(fault="hang:--graph")
+    phone.set(fault="hang")
     with pytest.raises(DeviceError, match=r"^running benchmark_model gave no answer within 6 s"), Adb(SERIAL) as device:
         model = BenchmarkTool(device, binary).load(artifact)
-        model.measure(BenchmarkOptions(), runs=1, max_seconds=1)
+        try:
+            model.measure(BenchmarkOptions(), runs=1, max_seconds=1)
+        finally:
+            pid = int(next(phone.tmp.glob("*/.pid")).read_text())
+            assert sleeping(pid)
+    assert not sleeping(pid)
     assert phone.left == []
 
 
