@@ -6,6 +6,7 @@ The arithmetic is that of the real kernels, chosen for the core that qemu plays;
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -179,6 +180,8 @@ def check_tools() -> None:
     for tool in ("apt-get", "apt-config", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise DeviceError(f"{tool} is not on the path; setting up arm64 takes a Debian or Ubuntu machine")
+    if importlib.util.find_spec("pip") is None:
+        raise DeviceError(f"pip is not installed beside {sys.executable}: {sys.executable} -m ensurepip")
     if not KEYRING.is_file():
         raise DeviceError(f"{KEYRING} is missing, which vouches for packages: apt-get install debian-archive-keyring")
 

@@ -41,6 +41,7 @@ OPTIONS = {
 }
 # One line each and no backslashes: the account's own shell, which may be fish or csh, reads the quotes around them.
 # sshd makes each command the leader of a session, so its process group is everything it started.
+CHECK = f"command -v {{python}} >/dev/null || {{{{ echo; echo {MARK}; exit; }}}}; "
 KEEPER = (
     "umask 077; "
     'd=$(mktemp -d "${TMPDIR:-/tmp}/mvit-export.XXXXXXXXXX") || exit 1; '
@@ -68,7 +69,7 @@ class Ssh(Device):
     """
 
     def __init__(self, host: str, *, python: str = "python3", options: Sequence[str] = ()) -> None:
-        self.name, self.host = f"ssh:{host}", host
+        self.name, self.host = host if host.startswith("ssh://") else f"ssh:{host}", host
         self.python, self.options = python, tuple(options)
         self.scratch = ""
 
@@ -79,7 +80,7 @@ class Ssh(Device):
         self._control = tempfile.TemporaryDirectory(prefix="mvit-", dir="/tmp", ignore_cleanup_errors=True)
         self._complaints = tempfile.TemporaryFile()
         self._keeper = subprocess.Popen(
-            self._ssh(KEEPER, master=True),
+            self._ssh(CHECK.format(python=shlex.quote(self.python)) + KEEPER, master=True),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
@@ -87,7 +88,8 @@ class Ssh(Device):
         )
         try:
             self.scratch = self._read_scratch()
-            self._check_python()
+            if not self.scratch:
+                raise DeviceError(f"{self.name} has no {self.python}; install it there, or name one: --device-python")
         except BaseException:
             self._leave()
             raise
@@ -113,7 +115,7 @@ class Ssh(Device):
         self._control.cleanup()
 
     def _read_scratch(self) -> str:
-        """Wait for the keeper's line, whatever a login script prints before it."""
+        """Wait for the keeper's line, whatever a login script prints before it; empty where Python is missing."""
         assert self._keeper.stdout
         text, deadline = b"", time.monotonic() + STEP_TIMEOUT
         with selectors.DefaultSelector() as selector:
@@ -133,11 +135,6 @@ class Ssh(Device):
     def _complained(self) -> bytes:
         self._complaints.seek(0)
         return self._complaints.read()
-
-    def _check_python(self) -> None:
-        found = self._step(f"command -v {shlex.quote(self.python)} || echo", what="looking for Python")
-        if not found.strip():
-            raise DeviceError(f"{self.name} has no {self.python}; install Python 3 there, or name it: --device-python")
 
     def put_file(self, local: Path, name: str) -> None:
         place, what = shlex.quote(f"{self.scratch}/{name}"), f"copying {local.name} to {self.scratch}"
@@ -198,14 +195,14 @@ class Ssh(Device):
 
     def _failure(self, code: int, complaint: bytes, what: str) -> DeviceError:
         """One line from an exit code and what came on stderr."""
-        if code != LOST:
-            hint = "; make room there" if b"No space left" in complaint or b"quota" in complaint else ""
-            return DeviceError(f"{self.name}: {what} failed (exit code {code}): {last_line(complaint)}{hint}")
         for phrase, reason in REASONS.items():
-            if phrase.encode() in complaint:
+            if code == LOST and phrase.encode() in complaint:
                 return DeviceError(f"{self.name} cannot be reached: {reason.format(host=self.host)}")
-        if self.scratch:
-            return DeviceError(f"{self.name} was lost while {what}: {last_line(complaint)}")
-        return DeviceError(
-            f"{self.name} cannot be reached: {last_line(complaint)}; is it on, does `ssh {self.host}` work?"
-        )
+        if self.scratch and (code == LOST or self._keeper.poll() is not None):
+            # A step after a loss gets through on a connection of its own, and finds no scratch folder.
+            return DeviceError(f"{self.name} was lost while {what}: {last_line(self._complained() or complaint)}")
+        if code == LOST:
+            hint = f"is it on, does `ssh {self.host}` work?"
+            return DeviceError(f"{self.name} cannot be reached: {last_line(complaint)}; {hint}")
+        hint = "; make room there" if b"No space left" in complaint or b"quota" in complaint else ""
+        return DeviceError(f"{self.name}: {what} failed (exit code {code}): {last_line(complaint)}{hint}")

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import venv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+
+from mvit_export.artifact import write_json
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 PARTS = ("mvit_export", "converters", "benchmarks")  # the folders that are installed
 TINY = f"{TESTS / 'tiny.py'}:tiny"
 LABELS = tuple(f"digit {i}" for i in range(10))
+DEVICE_PACKAGES = ("tflite-runtime==2.14.*", "numpy==1.26.*", "safetensors>=0.5")
+NEEDS_TFLITE_RUNTIME = [
+    pytest.mark.skipif(sys.version_info >= (3, 12), reason="tflite-runtime 2.14 has no wheel for Python 3.12 or newer"),
+    pytest.mark.skipif(sys.platform != "linux", reason="tflite-runtime 2.14 has wheels for Linux only"),
+]
 TARGETS = [(fmt, precision) for fmt in ("coreml", "onnx", "tflite") for precision in ("fp32", "fp16")]
 
 
@@ -103,3 +112,82 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as it is installed from a wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     return build(source_tree(folder / "tree"), "--wheel", folder / "out")
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip where something cannot be had; CI installs everything, so there it is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def rehash(place: Path) -> None:
+    """Make the manifest vouch for an artifact's files as they are now."""
+    manifest = json.loads((place / "manifest.json").read_text())
+    for info in manifest["files"]:
+        content = (place / info["path"]).read_bytes()
+        info.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    write_json(place / "manifest.json", manifest)
+
+
+@pytest.fixture
+def copy(tiny_artifact: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """`copy("tflite", "fp16")` -> an artifact directory of the test's own."""
+    return lambda *kind: Path(shutil.copytree(tiny_artifact(*kind), tmp_path / "-".join(kind)))
+
+
+def swap_weights(place: Path) -> None:
+    """Give two classes of the tiny network each other's weights, in the fp32 file itself."""
+    from tiny import tiny
+
+    weight = tiny().classifier.weight.detach()
+    swapped = weight[torch.tensor([1, 0, *range(2, 10)])]
+    (file,) = place.glob("tiny.*")
+    content = file.read_bytes()
+    assert content.count(weight.numpy().tobytes()) == 1
+    file.write_bytes(content.replace(weight.numpy().tobytes(), swapped.numpy().tobytes()))
+    rehash(place)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of its own; nothing of ours leaks in."""
+
+    folder: Path
+
+    @property
+    def python(self) -> str:
+        return str(self.folder / "bin/python")
+
+    def run(self, *command: str | Path, source: Path | None = None) -> Finished:
+        path = {"PYTHONPATH": str(source)} if source else {}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        program, *arguments = map(str, command)
+        done = subprocess.run(
+            [str(self.folder / "bin" / program), *arguments],
+            cwd=self.folder,
+            env={**clean, **path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def installed(self) -> set[str]:
+        code = "from importlib.metadata import distributions as d; print(*{x.metadata['Name'].lower() for x in d()})"
+        return set(self.run("python", "-c", code).out.split())
+
+
+def fetch(environment: Environment, into: Environment, *requirements: str) -> None:
+    done = environment.run("pip", "--python", into.python, "install", "-q", *requirements)
+    if done.code:
+        unavailable(f"pip cannot fetch {', '.join(requirements)}: {done.err.strip().splitlines()[-1]}")
+
+
+@pytest.fixture(scope="session")
+def device_environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """What a small device has: numpy 1, safetensors and tflite-runtime alone."""
+    environment = Environment(tmp_path_factory.mktemp("device"))
+    venv.create(environment.folder, with_pip=True)
+    fetch(environment, environment, *DEVICE_PACKAGES)
+    return environment

@@ -6,71 +6,27 @@ its command line needs.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import venv
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Finished
+from conftest import NEEDS_TFLITE_RUNTIME, ROOT, Environment, fetch, rehash
 
-from mvit_export.artifact import GOLDEN, load_golden, read_artifact, save_golden, write_json
+from mvit_export.artifact import GOLDEN, load_golden, read_artifact, save_golden
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.version_info >= (3, 12), reason="tflite-runtime 2.14 has no wheel for Python 3.12 or newer"),
-    pytest.mark.skipif(sys.platform != "linux", reason="tflite-runtime 2.14 has wheels for Linux only"),
-]
-DEVICE = ("tflite-runtime==2.14.*", "numpy==1.26.*", "safetensors>=0.5")
+pytestmark = [pytest.mark.slow, *NEEDS_TFLITE_RUNTIME]
 COMMAND = ("typer>=0.16,<0.30", "rich>=13.9,<16")
 KINDS = [("fp32", "tensor"), ("fp16", "tensor"), ("fp32", "image")]
 
 
-@dataclass(frozen=True)
-class Environment:
-    """A virtual environment of its own; nothing of ours leaks in."""
-
-    folder: Path
-
-    def run(self, *command: str | Path, source: Path | None = None) -> Finished:
-        path = {"PYTHONPATH": str(source)} if source else {}
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        program, *arguments = map(str, command)
-        done = subprocess.run(
-            [str(self.folder / "bin" / program), *arguments],
-            cwd=self.folder,
-            env={**clean, **path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        return Finished(done.returncode, done.stdout, done.stderr)
-
-    def installed(self) -> set[str]:
-        code = "from importlib.metadata import distributions as d; print(*{x.metadata['Name'].lower() for x in d()})"
-        return set(self.run("python", "-c", code).out.split())
-
-
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def device(device_environment: Environment) -> Environment:
     """The bare environment: the package is not installed, its source stands alone in `source`."""
-    environment = Environment(tmp_path_factory.mktemp("device"))
-    venv.create(environment.folder, with_pip=True)
-    fetch(environment, environment, *DEVICE)
-    return environment
-
-
-def fetch(environment: Environment, into: Environment, *requirements: str) -> None:
-    done = environment.run("pip", "--python", into.folder / "bin" / "python", "install", "-q", *requirements)
-    if done.code:
-        pytest.skip(f"pip cannot fetch {', '.join(requirements)}: {done.err.strip().splitlines()[-1]}")
+    return device_environment
 
 
 @pytest.fixture(scope="module")
@@ -94,23 +50,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def copy(tiny_artifact: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """`copy("tflite", "fp16", "tensor")` -> an artifact directory of the test's own."""
-    return lambda *kind: Path(shutil.copytree(tiny_artifact(*kind), tmp_path / "-".join(kind)))
-
-
 def alter_golden(place: Path) -> None:
     """Change one stored output a little and fix the manifest's hash, so that only the numbers can tell."""
     cases = load_golden(read_artifact(place))
     name = next(iter(cases))
     cases[name]["logits"] = cases[name]["logits"] + np.float32(1e-3)
     save_golden(place / GOLDEN, cases)
-    manifest = json.loads((place / "manifest.json").read_text())
-    for info in manifest["files"]:
-        content = (place / info["path"]).read_bytes()
-        info.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-    write_json(place / "manifest.json", manifest)
+    rehash(place)
 
 
 VERIFY = """if True:
