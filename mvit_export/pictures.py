@@ -23,7 +23,8 @@ FEW = 8  # pictures, below which a calibration is said to be thin
 class Pictures(Protocol):
     """Pictures that can be read again and again, in the same order."""
 
-    source: str
+    @property
+    def source(self) -> str: ...
 
     def __len__(self) -> int: ...
 

@@ -22,7 +22,8 @@ from mvit_export.artifact import GOLDEN, MANIFEST, load_golden, read_artifact, s
 from mvit_export.cases import make_cases
 from mvit_export.converters.to_coreml import CoreMLForm
 from mvit_export.errors import ArtifactError, UsageError, WeightsError
-from mvit_export.parity import Tolerance, measure, violations, worst
+from mvit_export.metrics import measure, worst
+from mvit_export.parity import Tolerance, violations
 
 
 def test_figures_by_hand() -> None:
