@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 from mvit_export.benchmarks.devices import PIPES, STEP_TIMEOUT, Device, last_line
 from mvit_export.errors import DeviceError
@@ -43,14 +43,13 @@ OPTIONS = {
 # sshd makes each command the leader of a session, so its process group is everything it started.
 CHECK = f"command -v {{python}} >/dev/null || {{{{ echo; echo {MARK}; exit; }}}}; "
 KEEPER = (
-    "umask 077; "
     'd=$(mktemp -d "${TMPDIR:-/tmp}/mvit-export.XXXXXXXXXX") || exit 1; '
     'leave() { for f in "$d"/.pid.*; do p=${f##*.}; kill -s KILL -- "-$p" || kill -s KILL "$p"; done 2>/dev/null; '
     'rm -rf "$d"; }; '
     "trap leave EXIT; trap 'exit 1' HUP INT PIPE TERM; "
     f'echo; echo "{MARK}$d"; cat >/dev/null'
 )
-STEP = "umask 077; echo $$ >{pid}.$$ || exit 1; {script}; code=$?; rm -f {pid}.$$; exit $code"
+STEP = "echo $$ >{pid}.$$ || exit 1; {script}; code=$?; rm -f {pid}.$$; exit $code"
 # What ssh says -> what is wrong and what to do. Its messages are not translated.
 REASONS = {
     "REMOTE HOST IDENTIFICATION HAS CHANGED": "its host key is not the one on record; if the device was set up anew, "
@@ -175,14 +174,31 @@ class Ssh(Device):
 
     def _step(self, script: str, *, what: str, timeout: float = STEP_TIMEOUT, stdin: IO[bytes] | None = None) -> bytes:
         """Run a shell script there to its end; its stdout."""
-        options: dict[str, Any] = dict(stdin=stdin or subprocess.DEVNULL, capture_output=True, start_new_session=True)
-        try:
-            done = subprocess.run(self._ssh(self._accounted(script)), timeout=timeout, **options)
-        except subprocess.TimeoutExpired as error:
-            raise DeviceError(f"{self.name}: {what} did not end within {timeout:.0f} s and was stopped") from error
-        if done.returncode:
-            raise self._failure(done.returncode, done.stderr, what)
-        return done.stdout
+        pipes = {**PIPES, "stdin": stdin or subprocess.DEVNULL}
+        with subprocess.Popen(self._ssh(self._accounted(script)), start_new_session=True, **pipes) as process:
+            try:
+                out, complaint = self._communicate(process, time.monotonic() + timeout)
+            except subprocess.TimeoutExpired as error:
+                raise DeviceError(f"{self.name}: {what} did not end within {timeout:.0f} s and was stopped") from error
+            finally:
+                process.kill()
+        if process.returncode:
+            raise self._failure(process.returncode, complaint, what)
+        return out
+
+    def _communicate(self, process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes]:
+        """What the process says until its end, which a lost keeper is too.
+
+        ssh would get through to a machine that is back on a connection of its own, where nobody cleans up after it.
+        """
+        while True:
+            try:
+                return process.communicate(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                if self._keeper.poll() is not None:
+                    process.kill()
+                elif time.monotonic() >= deadline:
+                    raise
 
     def _ssh(self, script: str, *, master: bool = False) -> list[str]:
         options = {

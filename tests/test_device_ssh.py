@@ -74,10 +74,13 @@ class Server:
 
     def drop(self) -> None:
         """Kill the connections alone, not what they run."""
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         for pid in descendants(self.process.pid):
             if b"sshd" in command_of(pid).split(b"\0")[0]:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
     def client(self, **changes: str) -> Path:
         """A client's configuration file with the host `box`."""
@@ -477,28 +480,73 @@ def test_nothing_stays_where_we_are_killed(
     wait_for(lambda: not running("import time; time.sleep(4321)"), "the keeper ends the program")
 
 
-def test_a_login_script_that_prints(tmp_path: Path, server: Server, device_environment: Environment) -> None:
-    """A second server greets on every connection, as some accounts' startup files do."""
-    other = Server(server.folder, free_port(), lines=[line for line in server.lines if not line.startswith("Port")])
-    (server.folder / "known_hosts").open("a").write(
-        f"[127.0.0.1]:{other.port} {(server.folder / 'host_key.pub').read_text()}"
-    )
-    other.start(f"Port {other.port}", 'ForceCommand echo Welcome; eval "$SSH_ORIGINAL_COMMAND"')
-    try:
-        (tmp_path / "sent").write_bytes(b"1234")
-        options = ["-F", str(other.client())]
-        with Ssh("box", python=device_environment.python, options=options) as device:
-            device.put(tmp_path / "sent", "sent")
-            with pytest.raises(DeviceError, match=r"^ssh:box: fetching sent: it has 4 bytes, 12 arrived; does a login"):
-                device.get("sent", tmp_path / "back")
-            assert not (tmp_path / "back").exists()
-        with (
-            pytest.raises(DeviceError, match=r"^ssh:box has no nopython; "),
-            Ssh("box", python="nopython", options=options),
-        ):
-            pass
-    finally:
+@pytest.fixture
+def forced(server: Server, device_environment: Environment) -> Iterator[Callable[..., Ssh]]:
+    """`forced(COMMAND)` -> a device whose account runs COMMAND around whatever it is asked."""
+    others = []
+
+    def make(command: str, python: str = device_environment.python) -> Ssh:
+        lines = [line for line in server.lines if not line.startswith("Port")]
+        other = Server(server.folder, free_port(), lines=lines)
+        with (server.folder / "known_hosts").open("a") as known:
+            known.write(f"[127.0.0.1]:{other.port} {(server.folder / 'host_key.pub').read_text()}")
+        other.start(f"Port {other.port}", f"ForceCommand {command}")
+        others.append(other)
+        return Ssh("box", python=python, options=["-F", str(other.client())])
+
+    yield make
+    for other in others:
         other.stop()
+    wait_for(lambda: not list(server.scratch.iterdir()), "the scratch folder is removed")
+
+
+def test_a_login_script_that_prints(forced: Callable[..., Ssh], tmp_path: Path) -> None:
+    greeting = 'echo Welcome; eval "$SSH_ORIGINAL_COMMAND"'
+    (tmp_path / "sent").write_bytes(b"1234")
+    with forced(greeting) as device:
+        device.put(tmp_path / "sent", "sent")
+        with pytest.raises(DeviceError, match=r"^ssh:box: fetching sent: it has 4 bytes, 12 arrived; does a login"):
+            device.get("sent", tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+    with pytest.raises(DeviceError, match=r"^ssh:box has no nopython; "), forced(greeting, python="nopython"):
+        pass
+
+
+def test_a_copy_that_is_cut_short(forced: Callable[..., Ssh], tmp_path: Path) -> None:
+    (tmp_path / "sent").write_bytes(b"1234")
+    cut = pytest.raises(DeviceError, match=r"^ssh:box: copying sent to .*: 4 bytes were sent, 3 arrived; try again$")
+    with forced('head -c 3 | eval "$SSH_ORIGINAL_COMMAND"') as device, cut:
+        device.put(tmp_path / "sent", "sent")
+
+
+def test_a_link_that_goes_silent(box: Callable[..., Ssh], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a cable is pulled: nothing is closed, nothing arrives."""
+    monkeypatch.setitem(ssh.OPTIONS, "ServerAliveInterval", "1")
+    with box() as device:
+        server.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(DeviceError, match=r"^ssh:box was lost while sleep: Timeout, server .* not responding"):
+                device.run(["sleep", "98765.2"], timeout=60)
+        finally:
+            server.signal(signal.SIGCONT)
+    wait_for(lambda: not running("98765.2"), "the keeper ends it")
+
+
+def test_settings_of_the_user_s_do_not_get_in_the_way(box: Callable[..., Ssh], server: Server, tmp_path: Path) -> None:
+    (tmp_path / "sent").write_bytes(b"1\n2\r\n")
+    settings = {
+        "ControlMaster": "auto", "ControlPath": str(server.folder / "%C"), "ControlPersist": "yes", "LogLevel": "QUIET",
+        "RequestTTY": "force", "RemoteCommand": "bash -l", "LocalForward": f"{server.port} localhost:1",
+        "ExitOnForwardFailure": "yes", "StrictHostKeyChecking": "ask",
+    }  # fmt: skip
+    with box(**settings) as device:
+        device.put(tmp_path / "sent", "sent")
+        device.get("sent", tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == b"1\n2\r\n", "no terminal is between"
+    assert not running(f"ControlPath={device._control.name}/socket"), "no connection stays behind"
+    refused = pytest.raises(DeviceError, match=r"permission denied")
+    with refused, box(**settings, IdentityFile=str(server.folder / "stranger_key")):
+        pass
 
 
 # What a user may write

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, TARGETS, TINY
+from conftest import LABELS, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
