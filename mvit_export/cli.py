@@ -122,7 +122,10 @@ def export(
         "deployment_target": deployment_target,
     }  # fmt: skip
     with session(as_json, quiet, verbose) as terminal:
-        targets = plan_targets(**conversion)  # type: ignore[arg-type]  # before torch is even loaded
+        from mvit_export.converters.recipes import recipe_name
+
+        named = recipe_name(recipe) if recipe else None
+        targets = plan_targets(**conversion, recipe=named)  # type: ignore[arg-type]  # before torch is even loaded
         check_installed(targets)
         check_size_count(targets, len({parse_size(size) for size in image_size or ()}))
         import mvit_export

@@ -20,7 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mvit_export.errors import UsageError, first_line, require
+from mvit_export.errors import UsageError, first_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # What there is in a vision network that costs time or bytes.
 KINDS = {
@@ -92,7 +97,6 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe file. Raises UsageError where it is none, naming what is wrong in it."""
-    tomllib = require("tomllib" if sys.version_info >= (3, 11) else "tomli", extra="all", purpose="to read recipes")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         return make_recipe({"name": path.stem, **data})
