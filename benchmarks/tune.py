@@ -100,6 +100,7 @@ def run_command(arguments: Sequence[str]) -> dict[str, Any]:
 
 def tune(search: Search, *, on_step: Step = lambda _: None, run: Run = run_command) -> tuple[list[Outcome], list[str]]:
     """Try recipes: every outcome, and the refused ones in words. In `search.folder`: the front and the best recipe."""
+    require("matplotlib", extra="report", purpose="to draw the front")  # now, not after the work
     trial = Trial(search, on_step, run)
     named = trial.all([RECIPES[search.format, name] for name in NAMED])
     if not named:
@@ -297,7 +298,6 @@ def table(outcomes: Sequence[Outcome], front: Sequence[Outcome]) -> str:
 
 def draw(search: Search, outcomes: Sequence[Outcome], front: Sequence[Outcome]) -> bytes:
     """Accuracy lost against cost, the front as a line, as SVG."""
-    require("matplotlib", extra="report", purpose="to draw the front")
     import io
 
     from matplotlib.figure import Figure
