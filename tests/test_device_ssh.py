@@ -361,8 +361,21 @@ def test_hosts_that_do_not_let_us_in(
     assert not Path(device._control.name).exists()
 
 
+def test_nothing_prompts(box: Callable[..., Ssh], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even through a desktop's dialogue, which ssh turns to where it has no terminal."""
+    askpass = tmp_path / "askpass"
+    askpass.write_text(f"#!/bin/sh\ntouch {tmp_path / 'asked'}\n")
+    askpass.chmod(0o755)
+    monkeypatch.setenv("SSH_ASKPASS", str(askpass))
+    monkeypatch.setenv("SSH_ASKPASS_REQUIRE", "force")
+    with pytest.raises(DeviceError, match=r"its host key is not known here"):
+        box(UserKnownHostsFile="/dev/null").__enter__()
+    assert not (tmp_path / "asked").exists()
+
+
 def test_a_host_that_does_not_answer(box: Callable[..., Ssh], monkeypatch: pytest.MonkeyPatch) -> None:
     """A port that takes connections and says nothing."""
+    assert int(ssh.OPTIONS["ConnectTimeout"]) <= 15
     monkeypatch.setitem(ssh.OPTIONS, "ConnectTimeout", "1")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -521,6 +534,7 @@ def test_a_copy_that_is_cut_short(forced: Callable[..., Ssh], tmp_path: Path) ->
 
 def test_a_link_that_goes_silent(box: Callable[..., Ssh], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a cable is pulled: nothing is closed, nothing arrives."""
+    assert int(ssh.OPTIONS["ServerAliveInterval"]) <= 5
     monkeypatch.setitem(ssh.OPTIONS, "ServerAliveInterval", "1")
     with box() as device:
         server.signal(signal.SIGSTOP)
@@ -536,14 +550,15 @@ def test_settings_of_the_user_s_do_not_get_in_the_way(box: Callable[..., Ssh], s
     (tmp_path / "sent").write_bytes(b"1\n2\r\n")
     settings = {
         "ControlMaster": "auto", "ControlPath": str(server.folder / "%C"), "ControlPersist": "yes", "LogLevel": "QUIET",
-        "RequestTTY": "force", "RemoteCommand": "bash -l", "LocalForward": f"{server.port} localhost:1",
+        "RequestTTY": "force", "RemoteCommand": "bash -l", "LocalForward": f"127.0.0.1:{server.port} localhost:1",
         "ExitOnForwardFailure": "yes", "StrictHostKeyChecking": "ask",
     }  # fmt: skip
     with box(**settings) as device:
         device.put(tmp_path / "sent", "sent")
         device.get("sent", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == b"1\n2\r\n", "no terminal is between"
-    assert not running(f"ControlPath={device._control.name}/socket"), "no connection stays behind"
+    everything = b"".join(command_of(int(process.name)) for process in Path("/proc").glob("[0-9]*"))
+    assert device._control.name.encode() not in everything, "no connection stays behind"
     refused = pytest.raises(DeviceError, match=r"permission denied")
     with refused, box(**settings, IdentityFile=str(server.folder / "stranger_key")):
         pass
