@@ -71,7 +71,8 @@ class Probe:
     @property
     def environment(self) -> dict[str, Any]:
         """The machine that ran, for the report."""
-        return {**self.machine, "tools": self.machine["runtimes"], "affinity": self.affinity}
+        machine = {key: value for key, value in self.machine.items() if key != "runtimes"}
+        return machine | {"tools": self.machine["runtimes"], "affinity": self.affinity}
 
     def __enter__(self) -> Probe:
         return self

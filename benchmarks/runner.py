@@ -219,13 +219,15 @@ def litert(spec: str, threads: int) -> tuple[str, str, Callable[[str], Opened]]:
     def open_model(path: str) -> Opened:
         settings: dict[str, Any] = {"model_path": path, "num_threads": threads}
         executed = "CPU XNNPACK"
-        if option == "builtin":
+        if option:  # beside a delegate too: one that takes no op would leave all of them to XNNPACK, silently
             settings["experimental_op_resolver_type"] = module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
             executed = "CPU builtin kernels"
         if option == "delegate":
             settings["experimental_delegates"] = [load_delegate(module, library)]
             executed = os.path.basename(library)
         interpreter = module.Interpreter(**settings)
+        if option == "delegate" and not any(op["op_name"] == "DELEGATE" for op in interpreter._get_ops_details()):
+            raise Refusal("unavailable", f"{library} takes none of the model's ops")
         interpreter.allocate_tensors()  # part of loading; left alone, the first run would do it
         runner = interpreter.get_signature_runner()
         (input_name,) = runner.get_input_details()

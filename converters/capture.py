@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mvit_export.calibration import Calibration
 from mvit_export.formats import Target
 from mvit_export.models.load import LoadedModel, name_outputs
 from mvit_export.preprocessing import Preprocessing
+from mvit_export.recipes import Recipe
 
 INPUT_NAME = "image"
 TORCH_EXPORT, JIT_TRACE = "torch.export", "torch.jit.trace"  # how a graph was captured
@@ -25,6 +28,13 @@ class Conversion:
     module: nn.Module  # the model's, with BatchNorm folded
     target: Target
     metadata: Mapping[str, str] = field(default_factory=dict)
+    recipe: Recipe | None = None  # which parts lose bits, where the precision takes one
+    calibration: Calibration | None = None  # where the precision is static
+
+    def calibration_inputs(self) -> Iterator[np.ndarray]:
+        """What the file is fed while it is calibrated, streamed anew by every call; each of batch 1."""
+        assert self.calibration is not None
+        return self.calibration.pictures() if self.target.input == "image" else self.calibration.tensors()
 
     @property
     def labels(self) -> tuple[str, ...] | None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from mvit_export import __version__, parity
 from mvit_export.artifact import (
@@ -28,15 +29,18 @@ from mvit_export.artifact import (
     save_golden,
     write_json,
 )
-from mvit_export.cases import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, make_cases
+from mvit_export.calibration import Calibration, open_calibration
+from mvit_export.cases import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, Case, make_cases, stored_case
 from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
+from mvit_export.converters.recipes import find_recipe, recipe_name
 from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
-from mvit_export.formats import FORMATS, Target, check_installed, check_size_count, plan_targets
+from mvit_export.formats import CALIBRATED, FORMATS, Target, check_installed, check_size_count, plan_targets
 from mvit_export.models.load import LoadedModel, rebuild_model
 from mvit_export.runtimes import open_torch
 from mvit_export.staging import check_free, staged_directory
 
+GOLDEN_SAMPLES = 8
 CONVERTERS = {
     "coreml": "mvit_export.converters.to_coreml",
     "onnx": "mvit_export.converters.to_onnx",
@@ -67,6 +71,9 @@ def export(
     opset: int | None = None,
     dynamic_batch: bool = False,
     deployment_target: str | None = None,
+    recipe: str | Path | None = None,
+    calibration: str | Path | None = None,
+    calibration_method: str = "minmax",
     out: str | Path = "artifacts",
     overwrite: bool = False,
     verify: bool = True,
@@ -80,10 +87,12 @@ def export(
     """
     targets = plan_targets(
         to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch,
-        deployment_target=deployment_target,
+        deployment_target=deployment_target, recipe=None if recipe is None else recipe_name(recipe),
     )  # fmt: skip
     check_installed(targets)
     check_model_fits(model, targets)
+    ranges = find_calibration(model, targets, calibration, calibration_method)
+    recipes = {target: find_recipe(target, recipe) for target in targets}
     folder = Path(out) / model.info.name
     for target in targets:
         check_free(folder / target.name, overwrite=overwrite)
@@ -94,7 +103,9 @@ def export(
     for target in targets:
         if on_step:
             on_step(target, "convert")
-        artifact = write_artifact(model, folded, target, folder / target.name, overwrite=overwrite)
+        learned = ranges if target.precision in CALIBRATED else None
+        conversion = Conversion(model, folded, target, recipe=recipes[target], calibration=learned)
+        artifact = write_artifact(conversion, folder / target.name, overwrite=overwrite)
         if on_step and verify:
             on_step(target, "verify")
         results.append(ExportResult(artifact, parity.verify(artifact.path) if verify else ()))
@@ -116,16 +127,34 @@ def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
             raise UsageError(f"label {twice!r} stands twice, which a Core ML classifier cannot tell apart; rename one")
 
 
-def write_artifact(model: LoadedModel, folded: nn.Module, target: Target, place: Path, *, overwrite: bool) -> Artifact:
+def find_calibration(
+    model: LoadedModel, targets: Sequence[Target], path: str | Path | None, method: str
+) -> Calibration | None:
+    """Open what static targets calibrate on, and read it once, so that bad data is told before any work."""
+    static = [target for target in targets if target.precision in CALIBRATED]
+    if not static:
+        if path is not None:
+            raise UsageError(f"--calibration is for --precision {', '.join(CALIBRATED)}, which find ranges by it")
+        return None
+    found = open_calibration(
+        path, method=method, preprocessing=model.preprocessing, size=model.input_shapes[0][2:4],  # type: ignore[arg-type]
+        trained=model.weights.trained,
+    )  # fmt: skip
+    found.check()
+    return found
+
+
+def write_artifact(conversion: Conversion, place: Path, *, overwrite: bool) -> Artifact:
     """Convert, describe, hash and move into place."""
+    model, target = conversion.model, conversion.target
     converter = importlib.import_module(CONVERTERS[target.format])
     tools = {name: importlib.metadata.version(name) for name in FORMATS[target.format].packages}
-    manifest = draft_manifest(model, target, tools)
+    manifest = replace(draft_manifest(model, target, tools), quantization=describe_quantization(conversion))
     with staged_directory(place, overwrite=overwrite) as staging:
         file = staging / (model.info.name + FORMATS[target.format].suffix)
         with conversion_errors(target):
-            capture = converter.convert(Conversion(model, folded, target, file_metadata(manifest)), file)
-        save_golden(staging / GOLDEN, golden_vectors(model, manifest))
+            capture = converter.convert(replace(conversion, metadata=file_metadata(manifest)), file)
+        save_golden(staging / GOLDEN, golden_vectors(conversion, manifest))
         manifest = replace(manifest, capture=capture, files=hash_files(staging))
         write_json(staging / MANIFEST, manifest.to_json())
     return read_artifact(place)
@@ -174,9 +203,28 @@ def tensor_spec(name: str, shapes: Sequence[tuple[int, ...]], target: Target, dt
     return TensorSpec(name, (batch, *distinct[0][1:]), dtype, layout, distinct if len(distinct) > 1 else ())
 
 
-def golden_vectors(model: LoadedModel, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
+def describe_quantization(conversion: Conversion) -> dict[str, Any] | None:
+    """What the manifest says of a quantized file: the whole recipe, and what the ranges were learned from."""
+    if conversion.recipe is None and conversion.calibration is None:
+        return None
+    return {
+        "recipe": conversion.recipe.to_json() if conversion.recipe else None,
+        "calibration": conversion.calibration.to_json() if conversion.calibration else None,
+    }
+
+
+def calibration_cases(conversion: Conversion, manifest: Manifest) -> list[Case]:
+    """Some of the calibration's inputs, evenly over all of them."""
+    inputs = list(itertools.islice(conversion.calibration_inputs(), 0, None, 16))[:GOLDEN_SAMPLES]
+    return [stored_case(f"sample-{index}", array, manifest) for index, array in enumerate(inputs)]
+
+
+def golden_vectors(conversion: Conversion, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
     """A few of the parity inputs with the fp32 reference outputs."""
-    reference = open_torch(model.module)
+    reference = open_torch(conversion.model.module)
+    if conversion.calibration is not None:
+        samples = calibration_cases(conversion, manifest)
+        return {case.name: {INPUT_NAME: case.artifact_input, **reference.run(case.model_input)} for case in samples}
     names = GOLDEN_CASES_PER_SIZE if manifest.inputs[0].enumerated else GOLDEN_CASES
     cases = [case for case in make_cases(manifest) if case.name.split("@")[0] in names]
     cases = cases or make_cases(manifest)[:1]  # a batched input has other names

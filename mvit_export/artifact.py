@@ -96,6 +96,7 @@ class Manifest:
     tools: Mapping[str, str]
     created: str
     schema_version: int = SCHEMA_VERSION
+    quantization: Mapping[str, Any] | None = None  # recipe and calibration, where the precision takes them
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -122,6 +123,7 @@ class Manifest:
             tools=dict(data["tools"]),
             created=data["created"],
             schema_version=data["schema_version"],
+            quantization=data.get("quantization"),
         )
 
 

@@ -41,6 +41,13 @@ def make_cases(manifest: Manifest) -> list[Case]:
     return cases
 
 
+def stored_case(name: str, array: np.ndarray, manifest: Manifest) -> Case:
+    """A case from an artifact's input as it was stored."""
+    pictures = manifest.inputs[0].layout == "NHWC"
+    assert manifest.preprocessing is not None or not pictures
+    return Case(name, array, to_tensor(array, manifest.preprocessing) if pictures else array)  # type: ignore[arg-type]
+
+
 def _cases_of_shape(
     shape: tuple[int | None, ...], spec: TensorSpec, preprocessing: Preprocessing | None, suffix: str
 ) -> list[Case]:

@@ -92,7 +92,7 @@ def export(
     input_shape: Annotated[str | None, typer.Option(help="Whole input shape for --model, e.g. 1,3,224,224.")] = None,
     patch_config: Annotated[str | None, typer.Option(help="MobileViT patches: A (2,2,2) or B (8,4,2). (A)")] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="fp32 or fp16 (Core ML's default is fp16, the others' fp32).")
+        list[str] | None, typer.Option(help="fp32, fp16, int8 and more; a wrong one lists them. (fp32; Core ML: fp16)")
     ] = None,
     input: Annotated[
         str, typer.Option(help="tensor: float NCHW; image: 8-bit RGB pictures, preprocessing inside the model.")
@@ -101,6 +101,11 @@ def export(
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23 (18).")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="ONNX: take any batch size.")] = False,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS15 to iOS26 (iOS16).")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Pictures for int8 and int16: a folder, or .npz with images.")
+    ] = None,
+    calibration_method: Annotated[str, typer.Option(help="Ranges by minmax, percentile or entropy.")] = "minmax",
+    recipe: Annotated[str | None, typer.Option(help="For int8: accurate, fast, small or FILE.toml (accurate).")] = None,
     out: Annotated[Path, typer.Option(help="Folder that receives NAME/FORMAT-PRECISION.")] = Path("artifacts"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that exist.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check each file against PyTorch.")] = True,
@@ -117,7 +122,10 @@ def export(
         "deployment_target": deployment_target,
     }  # fmt: skip
     with session(as_json, quiet, verbose) as terminal:
-        targets = plan_targets(**conversion)  # type: ignore[arg-type]  # before torch is even loaded
+        from mvit_export.converters.recipes import recipe_name
+
+        named = recipe_name(recipe) if recipe else None
+        targets = plan_targets(**conversion, recipe=named)  # type: ignore[arg-type]  # before torch is even loaded
         check_installed(targets)
         check_size_count(targets, len({parse_size(size) for size in image_size or ()}))
         import mvit_export
@@ -129,7 +137,8 @@ def export(
                 input_shape=parse_shape(input_shape) if input_shape else None,
             )  # fmt: skip
             results = mvit_export.export(
-                loaded, **conversion, out=out, overwrite=overwrite, verify=verify,
+                loaded, **conversion, out=out, overwrite=overwrite, verify=verify, recipe=recipe,
+                calibration=calibration, calibration_method=calibration_method,
                 on_step=lambda target, what: step(f"{what} {target.name} ({targets.index(target) + 1}/{len(targets)})"),
             )  # fmt: skip
         finish_export(terminal, loaded, results)

@@ -26,23 +26,33 @@ class Format:
 # fmt: off
 FORMATS = {
     "coreml": Format(
-        "coreml", "Core ML", ".mlpackage", ("fp16", "fp32"),
+        "coreml", "Core ML", ".mlpackage",
+        ("fp16", "fp32", "int8-weight", "int8", "int4-weight", "palette8", "palette6", "palette4"),
         {"torch": "torch", "coremltools": "coremltools"}, ("deployment_target",),
         max_sizes=128,  # Apple's guide on flexible inputs
     ),
     "onnx": Format(
-        "onnx", "ONNX", ".onnx", ("fp32", "fp16"),
+        "onnx", "ONNX", ".onnx", ("fp32", "fp16", "int8-weight", "int8-dynamic", "int8", "int4-weight"),
         {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("opset", "dynamic_batch"),
     ),
     "tflite": Format(
-        "tflite", "TFLite", ".tflite", ("fp32", "fp16"),
+        "tflite", "TFLite", ".tflite",
+        ("fp32", "fp16", "int8-weight", "int8-dynamic", "int8", "int16", "int4-weight"),
         {"torch": "torch", "litert-torch": "litert_torch", "ai-edge-litert": "ai_edge_litert",
          "ai-edge-quantizer": "ai_edge_quantizer"},
     ),
 }
 # fmt: on
+CALIBRATED = ("int8", "int16")  # static: the ranges of activations come from calibration
+WITH_RECIPE = ("int8",)  # whose parts a recipe chooses
 OPSETS = (18, 19, 20, 21, 22, 23)
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18", "iOS26")
+# coremltools: linear and palettized constants came with iOS16, int8 activations with 17, 4 bits in blocks with 18.
+DEPLOYMENT_LEAST = {
+    "int8-weight": "iOS16", "palette8": "iOS16", "palette6": "iOS16", "palette4": "iOS16", "int8": "iOS17",
+    "int4-weight": "iOS18",
+}  # fmt: skip
+DEFAULT_RECIPE = "accurate"
 INPUT_KINDS = ("tensor", "image")
 
 
@@ -56,11 +66,13 @@ class Target:
     opset: int | None = None  # ONNX only
     dynamic_batch: bool = False  # ONNX only
     deployment_target: str | None = None  # Core ML only
+    recipe: str | None = None  # its name, where the precision takes one
 
     @property
     def name(self) -> str:
-        """The artifact's directory name, e.g. `coreml-fp16`."""
-        return f"{self.format}-{self.precision}"
+        """The artifact's directory name, e.g. `coreml-fp16`, `tflite-int8`, `tflite-int8-fast`."""
+        suffix = f"-{self.recipe}" if self.recipe not in (None, DEFAULT_RECIPE) else ""
+        return f"{self.format}-{self.precision}{suffix}"
 
 
 def choose(value: str, choices: Iterable[str], *, what: str) -> str:
@@ -88,6 +100,7 @@ def plan_targets(
     opset: int | None = None,
     dynamic_batch: bool = False,
     deployment_target: str | None = None,
+    recipe: str | None = None,
 ) -> tuple[Target, ...]:
     """Turn what a user asked for into targets, refusing every impossible combination before any work.
 
@@ -106,20 +119,36 @@ def plan_targets(
     if deployment_target is not None:
         deployment_target = choose(deployment_target, DEPLOYMENT_TARGETS, what="deployment target")
     input = choose(input, INPUT_KINDS, what="input kind")
+    if recipe is not None and not set(split_list(precision or ())) & set(WITH_RECIPE):
+        raise UsageError(f"--recipe is for --precision {', '.join(WITH_RECIPE)}; the others have one way each")
     targets = []
     for fmt in formats:
-        for p in split_list(precision) if precision else fmt.precisions[:1]:
+        wanted = split_list(precision) if precision else fmt.precisions[:1]
+        for p in [choose(name, fmt.precisions, what=f"{fmt.title} precision") for name in wanted]:
             targets.append(
                 Target(
                     fmt.name,
-                    choose(p, fmt.precisions, what=f"{fmt.title} precision"),
+                    p,
                     input,
                     opset=(opset or OPSETS[0]) if fmt.name == "onnx" else None,
                     dynamic_batch=dynamic_batch and fmt.name == "onnx",
-                    deployment_target=(deployment_target or "iOS16") if fmt.name == "coreml" else None,
+                    deployment_target=choose_deployment(deployment_target, p) if fmt.name == "coreml" else None,
+                    recipe=(recipe or DEFAULT_RECIPE) if p in WITH_RECIPE else None,
                 )
             )
     return tuple(targets)
+
+
+def choose_deployment(asked: str | None, precision: str) -> str:
+    """The target that was asked for, else the oldest usual one. Refuses one that lacks the precision's operators."""
+    least = DEPLOYMENT_LEAST.get(precision, DEPLOYMENT_TARGETS[0])
+    if asked is not None and before(asked, least):
+        raise UsageError(f"--deployment-target {asked} has no {precision}, expected {least} or later")
+    return asked or max("iOS16", least, key=DEPLOYMENT_TARGETS.index)
+
+
+def before(target: str, other: str) -> bool:
+    return DEPLOYMENT_TARGETS.index(target) < DEPLOYMENT_TARGETS.index(other)
 
 
 def check_installed(targets: Iterable[Target]) -> None:

@@ -8,7 +8,6 @@ finiteness and labels are compared, then the numbers, against one table of toler
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -27,23 +26,24 @@ from mvit_export.artifact import (
     record_name,
     write_json,
 )
-from mvit_export.cases import make_cases
+from mvit_export.cases import make_cases, stored_case
 from mvit_export.errors import ArtifactError, MvitExportError, RuntimeUnavailable, UsageError, first_line
+from mvit_export.formats import CALIBRATED
 from mvit_export.locate import Located, locate
+from mvit_export.metrics import FLOAT32_UNIT, Metrics, measure, worst
 from mvit_export.runtimes import Arrays, Overflow, Session, open_torch, openers
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not-run"
 REFERENCES = ("pytorch", "golden")
 Openers = Callable[[Artifact], Sequence[Callable[[Artifact], Session]]]
-FLOAT32_UNIT, FLOAT64_UNIT = 2.0**-24, 2.0**-53  # unit roundoff
 
 
 @dataclass(frozen=True)
 class Tolerance:
     """Bounds on `Metrics`: psnr_db and cosine from below, the others from above. `reason` says why these.
 
-    max_of_spread is one for all: an error of a tenth of what the input changes at all is no rounding, however small
-    beside an offset that every output shares.
+    mean_kl and delta_p catch a collapse of confidence that the argmax hides. max_of_spread: an error of a tenth of
+    what the input changes at all is no rounding, however small beside an offset that every output shares.
     """
 
     psnr_db: float
@@ -52,6 +52,8 @@ class Tolerance:
     kl: float
     reason: str
     max_of_spread: float = 0.1
+    mean_kl: float | None = None
+    delta_p: float | None = None
 
 
 # Apple's guidance for Core ML conversions asks for more than 70 dB in fp32 and 50 dB in fp16.
@@ -63,24 +65,27 @@ TOLERANCES = {
     ("tflite", "fp16"): Tolerance(50, 2e-2, 1 - 1e-4, 1e-3, "weights have 11 significant bits, sums stay fp32"),
     ("coreml", "fp16"): Tolerance(50, 2e-2, 1 - 1e-4, 1e-3, "every intermediate has 11 significant bits"),
 }
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """How far an output is from its reference; the worst over all inputs and outputs, agreement the mean.
-
-    max_rel is max_abs over the largest absolute reference value. kl (of softmax, in nats) and the agreements are
-    None where the output is no row of class scores.
-    """
-
-    max_abs: float
-    max_rel: float
-    psnr_db: float  # identical outputs reach the resolution of float64, 319 dB
-    cosine: float
-    kl: float | None
-    top1_agreement: float | None
-    top5_agreement: float | None
-    max_of_spread: float | None = None  # max_abs over the largest change of the reference between inputs
+WEIGHTS_8 = Tolerance(28, 0.15, 0.99, 0.3, "weights have 8 bits, sums are float", 0.5, 0.1, 0.15)
+DYNAMIC_8 = Tolerance(25, 0.2, 0.99, 0.3, "weights and inputs of products have 8 bits", 0.5, 0.1, 0.15)
+STATIC_8 = Tolerance(20, 0.3, 0.98, 0.5, "weights and activations have 8 bits, ranges from calibration", 0.5, 0.1, 0.2)
+WEIGHTS_4 = Tolerance(12, 0.6, 0.9, 1.5, "weights have 4 bits: 16 values", 1.0, 0.3, 0.4)
+TOLERANCES |= {
+    ("onnx", "int8-weight"): WEIGHTS_8,
+    ("onnx", "int8-dynamic"): DYNAMIC_8,
+    ("onnx", "int8"): STATIC_8,
+    ("onnx", "int4-weight"): WEIGHTS_4,
+    ("tflite", "int8-weight"): WEIGHTS_8,
+    ("tflite", "int8-dynamic"): DYNAMIC_8,
+    ("tflite", "int8"): STATIC_8,
+    ("tflite", "int16"): WEIGHTS_8,
+    ("tflite", "int4-weight"): WEIGHTS_4,
+    ("coreml", "int8-weight"): WEIGHTS_8,
+    ("coreml", "int8"): STATIC_8,
+    ("coreml", "palette8"): WEIGHTS_8,
+    ("coreml", "palette6"): Tolerance(20, 0.3, 0.98, 0.5, "weights have 64 values a tensor", 0.5, 0.1, 0.2),
+    ("coreml", "palette4"): WEIGHTS_4,
+    ("coreml", "int4-weight"): WEIGHTS_4,
+}
 
 
 @dataclass(frozen=True)
@@ -113,75 +118,7 @@ class ParityResult:
         return data
 
 
-def measure(reference: np.ndarray, output: np.ndarray, *, spread: float = 0.0) -> Metrics:
-    """Compare one finite output with its reference of the same shape, (B, classes) or any other.
-
-    `spread` is the largest change of the reference between inputs, 0 if there is but one.
-
-    PSNR is 10 log10(max(reference^2) / mean((output - reference)^2)), as coremltools' conversion tests define it.
-    """
-    r, o = reference.astype(np.float64), output.astype(np.float64)
-    difference = np.abs(r - o)
-    scale, noise = np.abs(r).max(), np.mean(difference**2)
-    norm = np.linalg.norm(r) * np.linalg.norm(o)
-    scores = r.ndim == 2 and r.shape[1] > 1
-    return Metrics(
-        max_abs=float(difference.max()),
-        max_rel=float(difference.max() / scale) if scale else float(difference.max() > 0),
-        psnr_db=psnr_db(float(scale), float(noise)),
-        cosine=float((r * o).sum() / norm) if norm else float(noise == 0),
-        kl=kl_divergence(r, o) if scores else None,
-        top1_agreement=top_k_agreement(r, o, 1) if scores else None,
-        top5_agreement=top_k_agreement(r, o, 5) if scores else None,
-        max_of_spread=float(difference.max() / spread) if spread else None,
-    )
-
-
-def psnr_db(peak: float, noise: float) -> float:
-    """10 log10(peak^2 / noise) with the noise at least float64's own; 0 where the reference is all zero and missed."""
-    if peak == 0:
-        return 0.0 if noise else -20 * math.log10(FLOAT64_UNIT)
-    return 10 * math.log10(peak**2 / max(noise, (peak * FLOAT64_UNIT) ** 2))
-
-
-def kl_divergence(reference: np.ndarray, output: np.ndarray) -> float:
-    """Largest KL(softmax(reference) || softmax(output)) of the rows, in nats; rounding below zero is cut."""
-    log_p, log_q = log_softmax(reference), log_softmax(output)
-    return float(max(0.0, (np.exp(log_p) * (log_p - log_q)).sum(axis=1).max()))
-
-
-def log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-
-
-def top_k_agreement(reference: np.ndarray, output: np.ndarray, k: int) -> float:
-    """Share of rows whose k highest classes are the same set. Top-1 is what a user sees; no proof of parity."""
-    k = min(k, reference.shape[1])
-    best = [np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1) for scores in (reference, output)]
-    return float((best[0] == best[1]).all(axis=1).mean())
-
-
-def worst(metrics: Sequence[Metrics]) -> Metrics:
-    """The worst of each figure; the mean of the agreements."""
-
-    def values(name: str) -> list[float]:
-        return [value for m in metrics if (value := getattr(m, name)) is not None]
-
-    return Metrics(
-        max_abs=max(values("max_abs")),
-        max_rel=max(values("max_rel")),
-        psnr_db=min(values("psnr_db")),
-        cosine=min(values("cosine")),
-        kl=max(values("kl"), default=None),
-        top1_agreement=_mean(values("top1_agreement")),
-        top5_agreement=_mean(values("top5_agreement")),
-        max_of_spread=max(values("max_of_spread"), default=None),
-    )
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+ADDED = {"mean_kl": "mean KL", "delta_p": "the top class's probability changes by"}
 
 
 def violations(metrics: Metrics, tolerance: Tolerance) -> list[str]:
@@ -198,6 +135,10 @@ def violations(metrics: Metrics, tolerance: Tolerance) -> list[str]:
         found.append(f"1 - cosine {1 - metrics.cosine:.1e}, at most {1 - tolerance.cosine:.0e} expected")
     if metrics.kl is not None and metrics.kl > tolerance.kl:
         found.append(f"KL {metrics.kl:.1e}, at most {tolerance.kl:g} expected")
+    for figure, words in ADDED.items():
+        value, limit = getattr(metrics, figure), getattr(tolerance, figure)
+        if value is not None and limit is not None and value > limit:
+            found.append(f"{words} {value:.2g}, at most {limit:g} expected")
     return found
 
 
@@ -307,7 +248,7 @@ def with_location(result: ParityResult, artifact: Artifact, weights: str | Path 
 
 
 def _pairs(artifact: Artifact, against: str, weights: str | Path | None) -> Sequence[Pair]:
-    return _golden_pairs(artifact) if against == "golden" else _reference_pairs(artifact.manifest, weights)
+    return _golden_pairs(artifact) if against == "golden" else _reference_pairs(artifact, weights)
 
 
 Pair = tuple[str, np.ndarray, Arrays]  # case name, the artifact's input, the reference outputs
@@ -318,11 +259,17 @@ def _golden_pairs(artifact: Artifact) -> list[Pair]:
     return [(case, tensors.pop(name), tensors) for case, tensors in load_golden(artifact).items()]
 
 
-def _reference_pairs(manifest: Manifest, weights: str | Path | None) -> list[Pair]:
+def _reference_pairs(artifact: Artifact, weights: str | Path | None) -> list[Pair]:
+    """A calibrated file promises nothing on inputs unlike its calibration's, so it is fed the stored ones of these."""
     from mvit_export.models.load import rebuild_model
 
+    manifest = artifact.manifest
     reference = open_torch(rebuild_model(manifest, weights=weights).module)
-    return [(case.name, case.artifact_input, reference.run(case.model_input)) for case in make_cases(manifest)]
+    cases = make_cases(manifest)
+    if manifest.precision in CALIBRATED:
+        stored = load_golden(artifact)
+        cases = [stored_case(name, tensors[manifest.inputs[0].name], manifest) for name, tensors in stored.items()]
+    return [(case.name, case.artifact_input, reference.run(case.model_input)) for case in cases]
 
 
 @dataclass(frozen=True)

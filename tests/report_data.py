@@ -16,9 +16,11 @@ from mvit_export.artifact import (
     TensorSpec,
     WeightsInfo,
     hash_files,
+    record_name,
     write_json,
 )
 from mvit_export.formats import FORMATS, Target
+from mvit_export.metrics import Metrics
 from mvit_export.preprocessing import Preprocessing
 
 ENVIRONMENT = {
@@ -28,7 +30,7 @@ ENVIRONMENT = {
     "cpu": "Intel Xeon Platinum 8370C",
     "cores": 4,
     "python": "3.11.2",
-    "load_average": [0.21, 0.35, 0.3],
+    "load_average": 0.2119140625,
     "tools": {"mvit-export": "0.1.0", "onnxruntime": "1.31.1", "ai-edge-litert": "2.3.0"},
     "affinity": [0, 1],
 }
@@ -72,7 +74,7 @@ def verdict(place: Path, status: str = "pass", reason: str = "", **figures: Any)
     """What `verify` would say of `place`; `figures` replace the metrics'."""
     fmt, precision = place.name.split("-")
     values = {"max_abs": 3.1e-6, "max_rel": 4.3e-07, "psnr_db": 142.3, "cosine": 1.0, "kl": 2.1e-15}
-    metrics = parity.Metrics(**{**values, "top1_agreement": 1.0, "top5_agreement": 1.0, **figures})
+    metrics = Metrics(**{**values, "top1_agreement": 1.0, "top5_agreement": 1.0, **figures})
     ran = status != "not-run"
     return parity.ParityResult(
         path=str(place), format=fmt, precision=precision, status=status, reason=reason,
@@ -82,8 +84,8 @@ def verdict(place: Path, status: str = "pass", reason: str = "", **figures: Any)
     )  # fmt: skip
 
 
-def store_parity(place: Path, *verdicts: parity.ParityResult) -> None:
-    write_json(place / "parity.json", parity.summarise(verdicts))
+def store_parity(place: Path, *verdicts: parity.ParityResult, device: str = "local") -> None:
+    write_json(place / record_name("parity", device), parity.summarise(verdicts))
 
 
 def samples(median: float, *, count: int = 60, seed: int = 0) -> list[float]:
@@ -132,9 +134,9 @@ def unmeasured(place: Path, reason: str) -> dict[str, Any]:
     return {key: value if key in kept else None for key, value in row.items()}
 
 
-def store_latency(place: Path, *rows: dict[str, Any], **environment: Any) -> None:
+def store_latency(place: Path, *rows: dict[str, Any], device: str = "local", **environment: Any) -> None:
     document = {"status": "pass", "environment": {**ENVIRONMENT, **environment}, "results": list(rows)}
-    write_json(place / "latency.json", document)
+    write_json(place / record_name("latency", device), document)
 
 
 MEDIANS = {

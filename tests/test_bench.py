@@ -413,3 +413,26 @@ def test_runtime_names_are_checked():
     for wrong in ("litert:delegate", "litert:delegate=", "pytorch:cuda", "litert:builtin=1"):
         with pytest.raises(UsageError, match="expected one of"):
             check_runtime(wrong)
+
+
+IDLE_DELEGATE = """
+typedef struct { void *data; int (*prepare)(void *, void *); void *other[3]; long flags; void *last; } Delegate;
+static int prepare(void *context, void *delegate) { return 0; }
+static Delegate idle = {0, prepare};
+void *tflite_plugin_create_delegate(char **keys, char **values, unsigned long n, void (*report)(const char *)) {
+  return &idle;
+}
+void tflite_plugin_destroy_delegate(void *delegate) {}
+"""
+
+
+def test_delegate_that_takes_no_op_is_an_error_not_a_cpu_run(cli, artifacts, tmp_path):
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to build a delegate with")
+    library, source = tmp_path / "libidle.so", tmp_path / "idle.c"
+    source.write_text(IDLE_DELEGATE)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
+    done = cli("bench", artifacts / "tflite-fp32", "--runtime", f"litert:delegate={library}", *QUICK)
+    assert done.code == 2
+    assert "takes none of the model's ops" in done.err

@@ -70,6 +70,7 @@ def test_verify_json_is_the_only_thing_on_stdout(cli: Cli, exported: tuple[Path,
     }
     assert {*artifact["metrics"]} == {
         "max_abs", "max_rel", "psnr_db", "cosine", "kl", "top1_agreement", "top5_agreement", "max_of_spread",
+        "mean_kl", "delta_p",
     }  # fmt: skip
     assert artifact["metrics"]["psnr_db"] > 100
     assert artifact["inputs"] == 9

@@ -133,7 +133,7 @@ def test_page_names_machine_tools_and_dates(page: str) -> None:
     text = Reader(page).text
     for fact in (
         "cpu Intel Xeon Platinum 8370C", "cores 4", "python 3.11.2", "affinity 0, 1", "onnxruntime 1.31.1",
-        "run 2026-11-24T09:30:12+00:00 (load average 0.21, 0.35, 0.3)", "tools mvit-export 0.1.0, torch 2.13.0",
+        "run 2026-11-24T09:30:12+00:00 (load average 0.212)", "tools mvit-export 0.1.0, torch 2.13.0",
         "2026-11-24T09:11:05+00:00", "UNTRAINED, seed 0",
     ):  # fmt: skip
         assert fact in text, fact
@@ -280,6 +280,15 @@ def test_far_outliers_are_said_not_drawn_and_not_hidden(place: Path) -> None:
     assert "; 2 beyond, up to 900 ms" in html(place)
 
 
+def test_a_second_mode_is_drawn_however_far(place: Path) -> None:
+    """A tenth of all samples is no outlier, and seen best beside the rest on a log axis."""
+    row = data.timing(place, 10.0)
+    data.store_latency(place, {**row, "samples_ms": [*row["samples_ms"], *[110.0] * 7]})
+    text = html(place)
+    assert "beyond" not in text
+    assert "latency (ms, log scale)" in text
+
+
 def test_a_log_axis_only_where_one_model_dwarfs_another(tmp_path: Path, page: str) -> None:
     assert "log scale" not in page
     for variant, median in (("xxs", 1.0), ("s", 300.0)):
@@ -356,6 +365,26 @@ def test_damaged_latencies_name_the_field(place: Path, changes: dict[str, Any], 
     data.store_latency(place, {**data.timing(place, 13.2), **changes})
     (gap,) = [gap for gap in report.read_report([place]).gaps if gap.what == "latency"]
     assert gap.reason == f"latency.json is damaged: {problem}"
+
+
+def test_a_damaged_record_of_one_device_is_no_pass(place: Path) -> None:
+    data.store_parity(place, data.verdict(place))
+    (place / "parity.ssh-pi.json").write_text("{")
+    found = report.read_report([place])
+    assert (found.status, found.headline) == ("not-run", "nothing failed, but 1 of 2 parity checks did not run")
+    assert found.gaps[0].reason.startswith("parity.ssh-pi.json is damaged")
+    (suite,) = ET.fromstring(report.render(found, format="junit"))
+    assert [len(case.findall("skipped")) for case in suite] == [0, 1]
+
+
+def test_records_of_every_device_are_shown(place: Path) -> None:
+    for device in ("local", "ssh:pi"):
+        data.store_parity(place, data.verdict(place), device=device)
+        data.store_latency(place, data.timing(place, 13.2, device=device), device=device)
+    text = Reader(html(place)).text
+    assert "PASS all 2 parity checks passed 2 latencies measured" in text
+    assert "onnxruntime 1.31.1 CPU ssh:pi" in text
+    assert "1 thread, ssh:pi (Intel Xeon Platinum 8370C, x86_64, Linux 6.8)" in text
 
 
 def test_nan_is_damage(place: Path) -> None:

@@ -20,7 +20,8 @@ MARKERS = {"coreml": "^", "onnx": "o", "tflite": "s"}  # so that colour is not t
 LONGEST = 40  # letters of a label
 DRAWN = 300  # points of one row; a file with ten thousand samples would take seconds to show
 WIDE = 10.0  # largest over smallest from which a linear axis hides the small ones
-FAR = 3.0  # times the largest median: where the axis ends for the sake of everything else
+FAR = 3.0  # times the median: what lies beyond may be cut off and said in words, if it is rare
+COMMON = 0.95  # share of a row's samples that is drawn in any case
 LIMIT = 0.3  # half the height of a row's cloud
 
 
@@ -75,10 +76,8 @@ def draw_costs(rows: Sequence[Latency]) -> list[Drawing]:
 def distribution(panel: Panel, name: str) -> Drawing:
     """Every sample as a point in a cloud as wide as the samples are dense there; the median with its interval."""
     figure, axes = canvas(0.9 + ROW * len(panel.rows), left=0.02)
-    everything = [value for row in panel.rows for value in row.samples_ms]
-    medians = [row.median_ms or 0 for row in panel.rows]
-    log = is_wide(medians)
-    start, end = min(everything), min(max(everything), FAR * max(medians))
+    start, end = drawn_range(panel.rows)
+    log = is_wide([start, end])
     space = (end - start) or end or 1
     if log:
         axes.set_xscale("log")
@@ -90,6 +89,14 @@ def distribution(panel: Panel, name: str) -> Drawing:
         draw_row(axes, row, label, position, end=end, log=log)
     finish(axes, panel.title, "latency (ms, log scale)" if log else "latency (ms)")
     return Drawing(inline_svg(figure, name=name, title=f"Latency samples, {panel.title}"), thinned(panel))
+
+
+def drawn_range(rows: Sequence[Latency]) -> tuple[float, float]:
+    """Of the axis in ms: all samples, unless a few lie so far off that they would press the others together."""
+    most = max(max(row.samples_ms) for row in rows)
+    common = max(float(np.quantile(row.samples_ms, COMMON, method="lower")) for row in rows)
+    usual = max(common, FAR * max(row.median_ms or 0 for row in rows))
+    return min(min(row.samples_ms) for row in rows), min(most, usual)
 
 
 def draw_row(axes: Any, row: Latency, label: str, position: int, *, end: float, log: bool) -> None:
@@ -127,7 +134,7 @@ def beyond(row: Latency, end: float) -> str:
 
 def thinned(panel: Panel) -> str:
     most = max(len(row.samples_ms) for row in panel.rows)
-    return f"{DRAWN} of up to {most:,} samples a row are drawn, the extremes among them." if most > DRAWN else ""
+    return f"{DRAWN} of up to {most:,} samples a row are drawn." if most > DRAWN else ""
 
 
 def density(samples: np.ndarray, *, log: bool) -> tuple[np.ndarray, np.ndarray]:

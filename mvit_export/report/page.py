@@ -63,7 +63,7 @@ def listed(value: Any) -> str:
         return ", ".join(f"{tidy(key)} {listed(item)}" for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(listed, value))
-    return tidy(value)
+    return f"{value:.3g}" if isinstance(value, float) else tidy(value)
 
 
 def exporters(report: Report) -> list[tuple[str, list[str]]]:

@@ -125,9 +125,19 @@ class Entry:
     gaps: tuple[Gap, ...]
 
     @property
+    def unread(self) -> tuple[Gap, ...]:
+        """Parity records that are absent or damaged: checks whose outcome is not known."""
+        return tuple(gap for gap in self.gaps if gap.what == "parity" and gap.command)
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """How each parity check ended."""
+        return (*(verdict.status for verdict in self.verdicts), *(NOT_RUN for _ in self.unread))
+
+    @property
     def status(self) -> str:
         """Parity alone: FAIL outweighs NOT-RUN, which outweighs PASS."""
-        return overall([verdict.status for verdict in self.verdicts])
+        return overall(self.checks)
 
     @property
     def measured(self) -> tuple[Latency, ...]:
@@ -163,9 +173,9 @@ class Report:
 
     @property
     def checks(self) -> Mapping[str, int]:
-        """How many parity checks ended how; an artifact without verdict counts as one that did not run."""
-        statuses = [status for e in self.entries for status in ([v.status for v in e.verdicts] or [NOT_RUN])]
-        return {status: Counter(statuses)[status] for status in (PASS, FAIL, NOT_RUN)}
+        """How many parity checks ended how; a record that is absent or damaged is one that did not run."""
+        counts = Counter(status for entry in self.entries for status in entry.checks)
+        return {status: counts[status] for status in (PASS, FAIL, NOT_RUN)}
 
     @property
     def headline(self) -> str:

@@ -18,7 +18,7 @@ COLOURS = {
     "tflite": "#060606",
     "coreml": "#070707",
 }
-SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "mvit-export"}  # text as text; ids that repeat
+SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "mvit-export"}  # text as text; ids that repeat
 DROPPED = ("metadata", "style")  # the style would reach beyond the drawing
 FONT = re.compile(r"font-family:[^;]*;?\s*")  # the page's own
 

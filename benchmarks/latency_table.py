@@ -1,0 +1,84 @@
+"""The README's latency table: the variants in ONNX Runtime and LiteRT with one thread and two, measured twice.
+
+Twice, because a figure that the next run does not confirm is none: the ratios between artifacts of the two runs stand
+beside each other, and their largest difference last. Ends with one JSON line.
+
+    python -m mvit_export.benchmarks.latency_table [FOLDER] [--threads 1 2] [--budget SECONDS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mvit_export import export, load_model
+from mvit_export.benchmarks.bench import Options, run_bench
+from mvit_export.benchmarks.timing import Plan
+from mvit_export.models.load import VARIANT_NAMES
+
+FORMATS = ("onnx", "tflite")
+COLUMNS = ("variant", "runtime", "threads", "median ms", "p99 ms", "to the first", "again", "MACs", "of peak", "memory")
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+AGREEMENT = 0.03  # between the ratios of two runs
+
+
+def prepare(folder: Path) -> list[Path]:
+    """The artifacts, exported where they are not yet there."""
+    places = [folder / f"mobilevit_{variant}" / f"{fmt}-fp32" for variant in VARIANT_NAMES for fmt in FORMATS]
+    for variant in VARIANT_NAMES:
+        missing = [place.name.split("-")[0] for place in places if variant_of(place) == variant and not place.exists()]
+        if missing:
+            export(load_model(variant), to=missing, precision="fp32", out=folder)
+    return places
+
+
+def variant_of(place: Path) -> str:
+    return place.parent.name.removeprefix("mobilevit_")
+
+
+def line(row: dict[str, Any], again: dict[str, Any]) -> str:
+    low, high = row["median_interval_ms"]
+    cells = [
+        row["variant"], " ".join(row["runtime"].split()[:2]), str(row["threads"]),
+        f"{row['median_ms']:.2f} [{low:.2f}, {high:.2f}]", f"{row['p99_ms']:.1f}", ratio(row), ratio(again),
+        f"{row['macs'] / 1e6:.0f}M", f"{100 * row['roofline']['peak_share']:.0f} %", f"{row['peak_rss_mb']:.0f} MB",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def ratio(row: dict[str, Any]) -> str:
+    if row["ratio"] is None:
+        return "1"
+    return "{:.3f} [{:.3f}, {:.3f}]".format(row["ratio"]["median"], *row["ratio"]["interval"])
+
+
+def disagreement(first: dict[str, Any], second: dict[str, Any]) -> float:
+    if first["ratio"] is None:
+        return 0.0
+    return abs(second["ratio"]["median"] / first["ratio"]["median"] - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--budget", type=float, default=30.0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        places = prepare(arguments.folder or Path(scratch))
+        options = Options(Plan(budget_s=arguments.budget))
+        runs = [run_bench(places, threads=arguments.threads, options=options) for _ in range(2)]
+    rows = list(zip(runs[0]["results"], runs[1]["results"], strict=True))
+    print(HEADER)
+    for first, second in rows:
+        print(line(first, second))
+    worst = max(disagreement(first, second) for first, second in rows)
+    print(f"largest difference between the ratios of the two runs: {worst:.1%}")
+    print(json.dumps({"environment": runs[0]["environment"], "worst": worst, "agree": worst <= AGREEMENT}))
+
+
+if __name__ == "__main__":
+    main()
