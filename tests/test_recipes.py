@@ -11,9 +11,10 @@ from conftest import TINY
 from PIL import Image
 
 from mvit_export.calibration import NOISE_PICTURES, open_calibration
-from mvit_export.converters.recipes import RECIPES, find_recipe, recipe_name
+from mvit_export.converters.recipes import find_recipe, recipe_name
 from mvit_export.errors import UsageError
 from mvit_export.formats import FORMATS, WITH_RECIPE, plan_targets
+from mvit_export.named_recipes import RECIPES
 from mvit_export.pictures import Reading, open_labelled, open_pictures, spread
 from mvit_export.preprocessing import Preprocessing, to_tensor
 from mvit_export.recipes import NAMED, Recipe, Rule, read_recipe, write_toml
