@@ -7,7 +7,7 @@
 
 --data takes FOLDER/CLASS/PICTURE, of which a quarter is held out (`mvit_export.datasets.hold_out`), or FOLDER/train and
 FOLDER/val, each of that form. The recipe is the paper's: AdamW, warm-up and cosine, label smoothing, an average of the
-weights, and a sampler that draws another image size for each step.
+weights, and a sampler that draws another image size for each step; gradients are clipped.
 
 After `kill -9`, the same command goes on where the last save was, and on the same number of threads ends with the same
 bits: everything random here is a function of --seed, epoch and step, so that there is no generator whose state could be
@@ -59,8 +59,9 @@ class Settings:
     image_size: Size = (64, 64)
     sizes: tuple[Size, ...] = ((32, 32), (64, 64), (96, 96))
     batch: int = 8
-    epochs: int = 30
-    lr: float = 2e-3
+    epochs: int = 40
+    lr: float = 1e-3
+    clip: float = 1.0
     warmup: float = 0.1
     weight_decay: float = 0.01
     smoothing: float = 0.1
@@ -83,6 +84,7 @@ HELP = {
     "batch": "pictures a step at the largest size; smaller sizes take more, so that a step's work is level",
     "epochs": "how often each picture is seen",
     "lr": "highest learning rate",
+    "clip": "longest gradient, by its norm; without a limit, single steps throw the training back",
     "warmup": "share of the training in which the learning rate rises",
     "weight_decay": "of matrices and kernels; biases and norms have none",
     "smoothing": "label smoothing",
@@ -137,6 +139,7 @@ def check(settings: Settings) -> None:
         "batch": (settings.batch >= 4, "at least 4, because BatchNorm compares pictures"),
         "epochs": (settings.epochs >= 1, "at least 1"),
         "lr": (settings.lr > 0, "more than 0"),
+        "clip": (settings.clip > 0, "more than 0"),
         "warmup": (0 <= settings.warmup < 1, "a share from 0 to below 1"),
         "weight_decay": (settings.weight_decay >= 0, "at least 0"),
         "smoothing": (0 <= settings.smoothing < 1, "a share from 0 to below 1"),
@@ -232,7 +235,7 @@ def open_picture(source: Path | np.ndarray) -> Image.Image:
 def jitter(picture: np.ndarray, turn: float, scale: float, shift: tuple[float, float], mirror: bool) -> np.ndarray:
     """Turn (degrees), scale and shift (shares of the size) about the centre; uint8 (H, W, 3), black from outside."""
     height, width = picture.shape[:2]
-    x, y = (width - 1) / 2, (height - 1) / 2
+    x, y = width / 2, height / 2  # Pillow counts from the corner, pixel centres at .5
     cos, sin = math.cos(math.radians(turn)) / scale, math.sin(math.radians(turn)) / scale
     to_x, to_y = x + shift[0] * width, y + shift[1] * height  # where the centre goes
     back = (cos, sin, x - cos * to_x - sin * to_y, -sin, cos, y + sin * to_x - cos * to_y)  # from new place to old
@@ -356,6 +359,7 @@ class Training:
             )
         self.optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         self.step, self.steps = self.step + 1, self.steps + 1
         average_into(self.average, self.model, min(self.settings.ema, self.steps / (self.steps + 10)))
