@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ from mvit_export.errors import MvitExportError, UsageError, WeightsError
 from mvit_export.files import remove_leftovers, write_whole
 from mvit_export.formats import parse_size
 from mvit_export.models.mobilevit import VARIANTS, MobileViT
-from mvit_export.preprocessing import Preprocessing, Size, to_picture, to_tensor
+from mvit_export.pictures import ArrayPictures, FolderPictures, Pictures, UnreadablePicture
+from mvit_export.preprocessing import Preprocessing, Size, to_tensor
 from mvit_export.weights import load_weights, save_weights
 
 # What the options are, and what they are by default. Those in FREE may change between a kill and the resumption.
@@ -161,12 +163,19 @@ def check(settings: Settings) -> None:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Labelled pictures: files, or arrays (H, W, 3) of uint8 RGB; `names` say which they are."""
+class Part:
+    """Labelled pictures; `names` say which they are."""
 
-    sources: Sequence[Path | np.ndarray]
-    labels: np.ndarray  # (len(sources),) int64
+    pictures: Pictures
+    labels: np.ndarray  # (len(pictures),) int64
     names: tuple[str, ...]
+
+    def read(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
+        """uint8 RGB (H, W, 3), resized and cropped. Raises UnreadablePicture."""
+        try:
+            return self.pictures.read(index, preprocessing)
+        except UnreadablePicture as error:
+            raise UnreadablePicture(f"{error}: mend the picture or take it out") from error
 
     def digest(self) -> str:
         text = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
@@ -176,8 +185,8 @@ class Pictures:
 @dataclass(frozen=True)
 class Dataset:
     classes: tuple[str, ...]
-    train: Pictures
-    val: Pictures  # held out: seen once, at the end
+    train: Part
+    val: Part  # held out: seen once, at the end
 
 
 def load_dataset(data: Path | None) -> Dataset:
@@ -193,7 +202,7 @@ def load_dataset(data: Path | None) -> Dataset:
 
 def load_digits() -> Dataset:
     train, val = (
-        Pictures(list(images), labels, tuple(f"{part} {i}" for i in range(len(labels))))
+        Part(ArrayPictures("digits", images), labels, tuple(f"{part} {i}" for i in range(len(labels))))
         for part, (images, labels) in (("train", digits.training()), ("val", digits.held_out()))
     )
     return Dataset(digits.CLASSES, train, val)
@@ -205,31 +214,20 @@ def load_folder(data: Path) -> Dataset:
         if train.classes != val.classes:
             odd = sorted(set(train.classes) ^ set(val.classes))[0]
             raise UsageError(f"{data}: class {odd} is only in one of train and val, expected the same classes in both")
-        return Dataset(train.classes, list_files(train), list_files(val))
-    folder = read_image_folder(data)
-    found = list_files(folder)
-    held = hold_out(found.names, found.labels)
-    return Dataset(folder.classes, choose(found, ~held), choose(found, held))
+        return Dataset(train.classes, choose(train, train.labels >= 0), choose(val, val.labels >= 0))
+    found = read_image_folder(data)
+    held = hold_out(names_of(found), found.labels)
+    return Dataset(found.classes, choose(found, ~held), choose(found, held))
 
 
-def list_files(found: ImageFolder) -> Pictures:
-    names = tuple(file.relative_to(found.folder).as_posix() for file in found.files)
-    return Pictures(found.files, found.labels, names)
+def names_of(found: ImageFolder) -> tuple[str, ...]:
+    return tuple(file.relative_to(found.folder).as_posix() for file in found.files)
 
 
-def choose(pictures: Pictures, mask: np.ndarray) -> Pictures:
-    rows = np.flatnonzero(mask)
-    return Pictures([pictures.sources[i] for i in rows], pictures.labels[rows], tuple(pictures.names[i] for i in rows))
-
-
-def open_picture(source: Path | np.ndarray) -> Image.Image:
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, on damaged files
-        raise UsageError(f"{source}: cannot be read as a picture ({error}): mend it or take it out") from error
+def choose(found: ImageFolder, mask: np.ndarray) -> Part:
+    """The pictures for which `mask` holds."""
+    files = tuple(compress(found.files, mask))
+    return Part(FolderPictures(str(found.folder), files), found.labels[mask], tuple(compress(names_of(found), mask)))
 
 
 def jitter(picture: np.ndarray, turn: float, scale: float, shift: tuple[float, float], mirror: bool) -> np.ndarray:
@@ -320,8 +318,8 @@ def average_into(average: nn.Module, model: nn.Module, keep: float) -> None:
 class Training:
     """The state of a run: weights, their average, the optimizer, the place in the sampler, the losses so far."""
 
-    def __init__(self, settings: Settings, pictures: Pictures, classes: int) -> None:
-        self.settings, self.pictures = settings, pictures
+    def __init__(self, settings: Settings, part: Part, classes: int) -> None:
+        self.settings, self.part = settings, part
         self.model, self.preprocessing = build_model(settings, classes)
         self.average = copy.deepcopy(self.model).eval()
         self.optimizer = make_optimizer(self.model, settings)
@@ -343,7 +341,7 @@ class Training:
 
     def plan(self) -> list[Step]:
         rng = np.random.default_rng((self.settings.seed, self.epoch, 0))
-        return plan_epoch(len(self.pictures.labels), self.settings.sizes, self.settings.batch, rng)
+        return plan_epoch(len(self.part.labels), self.settings.sizes, self.settings.batch, rng)
 
     def learn(self, step: Step, steps: int) -> None:
         """One step of the optimizer."""
@@ -363,7 +361,7 @@ class Training:
         self.optimizer.step()
         self.step, self.steps = self.step + 1, self.steps + 1
         average_into(self.average, self.model, min(self.settings.ema, self.steps / (self.steps + 10)))
-        self.losses[self.epoch] += loss.item() * len(labels) / len(self.pictures.labels)
+        self.losses[self.epoch] += loss.item() * len(labels) / len(self.part.labels)
 
     def batch(self, step: Step, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) and (B,), jittered by `rng`."""
@@ -373,18 +371,18 @@ class Training:
         shifts, mirrors = rng.uniform(-0.08, 0.08, (count, 2)), rng.random(count) < (0.5 if self.settings.flip else 0)
 
         def load(i: int) -> np.ndarray:
-            picture = to_picture(open_picture(self.pictures.sources[step.indices[i]]), preprocessing)
+            picture = self.part.read(step.indices[i], preprocessing)
             return jitter(picture, turns[i], scales[i], tuple(shifts[i]), mirrors[i])
 
         images = to_tensor(np.stack(list(self.pool.map(load, range(count)))), preprocessing)
-        return torch.from_numpy(images), torch.from_numpy(self.pictures.labels[step.indices])
+        return torch.from_numpy(images), torch.from_numpy(self.part.labels[step.indices])
 
     # Saving and going on
 
     def identity(self) -> dict[str, str]:
         """What must be the same for a saved run to be this one."""
         fixed = {name: show(value) for name, value in asdict(self.settings).items() if name not in FREE}
-        return {**fixed, "data": self.pictures.digest()}
+        return {**fixed, "data": self.part.digest()}
 
     def save(self) -> None:
         state = {name: getattr(self, name) for name in ("epoch", "step", "steps", "losses")}
@@ -421,15 +419,16 @@ class Training:
 
 
 @torch.no_grad()
-def predict(weights: Path, pictures: Pictures, *, batch: int = 64) -> np.ndarray:
+def predict(weights: Path, part: Part, *, batch: int = 64) -> np.ndarray:
     """Logits (N, classes) of a saved network, by the preprocessing in its file."""
     found = load_weights(str(weights))
     model = MobileViT(found.config).eval()
     model.load_state_dict(dict(found.state))
     logits = []
-    for start in range(0, len(pictures.sources), batch):
-        chunk = [to_picture(open_picture(s), found.preprocessing) for s in pictures.sources[start : start + batch]]
-        logits.append(model(torch.from_numpy(to_tensor(np.stack(chunk), found.preprocessing))))
+    for start in range(0, len(part.labels), batch):
+        indices = range(start, min(start + batch, len(part.labels)))
+        images = np.stack([part.read(index, found.preprocessing) for index in indices])
+        logits.append(model(torch.from_numpy(to_tensor(images, found.preprocessing))))
     return torch.cat(logits).numpy()
 
 
@@ -470,7 +469,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
 
 def train(training: Training) -> None:
     """To the last epoch, with a progress bar; a line for each epoch."""
-    epochs, count = training.settings.epochs, len(training.pictures.labels)
+    epochs, count = training.settings.epochs, len(training.part.labels)
     console = Console(stderr=True)
     columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

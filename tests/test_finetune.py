@@ -24,9 +24,11 @@ from torch import nn
 
 import digits
 import finetune_digits as example
-from finetune_digits import Pictures, Settings, Training
+from finetune_digits import Part, Settings, Training
+from mvit_export.datasets import read_image_folder
 from mvit_export.errors import UsageError, WeightsError
 from mvit_export.models.mobilevit import create_mobilevit
+from mvit_export.pictures import ArrayPictures
 from mvit_export.preprocessing import FAMILY_PREPROCESSING, Preprocessing
 from mvit_export.weights import load_weights, save_weights
 
@@ -221,11 +223,16 @@ def test_init_keeps_what_fits(classes: int, kept: bool, settings: Settings, tmp_
     )
 
 
+def arrays(images: list[np.ndarray]) -> Part:
+    count = len(images)
+    return Part(ArrayPictures("made", np.stack(images)), np.zeros(count, np.int64), tuple(map(str, range(count))))
+
+
 def test_preprocessing_is_that_of_the_network(settings: Settings) -> None:
     """A red picture reaches a BGR network as BGR."""
     red = np.zeros((40, 40, 3), np.uint8)
     red[..., 0] = 255
-    training = Training(settings, Pictures([red, red], np.zeros(2, np.int64), ("a", "b")), 2)
+    training = Training(settings, arrays([red, red]), 2)
     training.preprocessing = FAMILY_PREPROCESSING["hf"]
     images, _ = training.batch(example.Step((64, 32), np.array([1])), np.random.default_rng(0))
     assert images.shape == (1, 3, 64, 32)
@@ -235,7 +242,7 @@ def test_preprocessing_is_that_of_the_network(settings: Settings) -> None:
 def test_flip_mirrors_half(settings: Settings) -> None:
     picture = np.zeros((32, 32, 3), np.uint8)
     picture[:, :8] = 255
-    training = Training(settings, Pictures([picture] * 64, np.zeros(64, np.int64), tuple(map(str, range(64)))), 2)
+    training = Training(settings, arrays([picture] * 64), 2)
     step = example.Step((32, 32), np.arange(64))
     for flip, least, most in ((False, 0, 0), (True, 16, 48)):
         training.settings = replace(settings, flip=flip)
@@ -245,13 +252,13 @@ def test_flip_mirrors_half(settings: Settings) -> None:
 
 
 def test_gradients_are_clipped(settings: Settings) -> None:
-    training = Training(replace(settings, clip=1e-3), pictures_of(settings), 2)
+    training = Training(replace(settings, clip=1e-3), part_of(settings), 2)
     next(training.run_epoch())
     norm = math.hypot(*(float(p.grad.norm()) for p in training.model.parameters() if p.grad is not None))
     assert math.isclose(norm, 1e-3, rel_tol=0.01)
 
 
-def pictures_of(settings: Settings) -> Pictures:
+def part_of(settings: Settings) -> Part:
     return example.load_dataset(settings.data).train
 
 
@@ -270,16 +277,16 @@ def finish(training: Training) -> Training:
 
 
 def test_resumed_at_any_step_equals_uninterrupted(settings: Settings, tmp_path: Path) -> None:
-    whole = finish(Training(settings, pictures_of(settings), 2))
+    whole = finish(Training(settings, part_of(settings), 2))
     for stop in (1, whole.steps // 2, len(whole.plan()), whole.steps):
         now = replace(settings, out=tmp_path / f"{stop}.safetensors")
-        killed = Training(now, pictures_of(now), 2)
+        killed = Training(now, part_of(now), 2)
         while killed.steps < stop:
             next(killed.run_epoch())  # a fresh plan each time, as after a kill
             if killed.step == len(killed.plan()):
                 killed.epoch, killed.step = killed.epoch + 1, 0
         torch.manual_seed(stop)  # what else ran in between must not matter
-        resumed = Training(now, pictures_of(now), 2)
+        resumed = Training(now, part_of(now), 2)
         assert resumed.resume() and resumed.steps == stop
         finish(resumed)
         assert resumed.losses == whole.losses
@@ -325,12 +332,12 @@ def kill_after_a_save(process: subprocess.Popen[str], file: Path) -> None:
 
 
 def test_resuming_another_run_is_refused(settings: Settings) -> None:
-    training = Training(settings, pictures_of(settings), 2)
+    training = Training(settings, part_of(settings), 2)
     next(training.run_epoch())
-    Training(replace(settings, half=True, save_every=9), pictures_of(settings), 2).resume()  # these may change
+    Training(replace(settings, half=True, save_every=9), part_of(settings), 2).resume()  # these may change
     with pytest.raises(WeightsError, match=r"out\.training\.pt: an unfinished run with --epochs 2: give the same"):
-        Training(replace(settings, epochs=3), pictures_of(settings), 2).resume()
-    fewer = example.choose(pictures_of(settings), np.arange(48) > 0)
+        Training(replace(settings, epochs=3), part_of(settings), 2).resume()
+    fewer = example.choose(read_image_folder(settings.data), np.arange(64) > 0)
     with pytest.raises(WeightsError, match="an unfinished run with other pictures: give the same"):
         Training(settings, fewer, 2).resume()
 
@@ -338,7 +345,7 @@ def test_resuming_another_run_is_refused(settings: Settings) -> None:
 def test_damaged_state_is_one_line(settings: Settings) -> None:
     settings.out.with_suffix(".training.pt").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(WeightsError, match=r"out\.training\.pt: damaged, delete it to start anew"):
-        Training(settings, pictures_of(settings), 2).resume()
+        Training(settings, part_of(settings), 2).resume()
 
 
 def test_no_state_is_no_resumption(settings: Settings) -> None:
@@ -347,7 +354,7 @@ def test_no_state_is_no_resumption(settings: Settings) -> None:
     other = settings.out.with_name(".other.training.pt.123.tmp")
     half_written.touch()
     other.touch()
-    assert not Training(settings, pictures_of(settings), 2).resume()
+    assert not Training(settings, part_of(settings), 2).resume()
     assert (half_written.exists(), other.exists()) == (False, True)
 
 
@@ -360,7 +367,7 @@ def test_folder_with_train_and_val(tmp_path: Path) -> None:
     dataset = example.load_dataset(tmp_path)
     assert dataset.classes == ("left", "right")
     assert (dataset.train.labels.tolist(), dataset.val.labels.tolist()) == ([0, 0, 0, 1, 1], [0, 1, 1, 1, 1])
-    assert {Path(source).parts[-3] for source in dataset.train.sources} == {"train"}
+    assert {file.parts[-3] for file in dataset.train.pictures.files} == {"train"}
 
 
 def test_folder_is_split_in_the_same_way_each_time(folder: Path) -> None:
@@ -394,7 +401,7 @@ def test_digits_are_named_by_their_part() -> None:
         ),
         (
             lambda folder: (make_pictures(folder, {"left": 4, "right": 4}) / "left" / "2.png").write_bytes(b"no"),
-            "2.png: cannot be read as a picture (",
+            "2.png: cannot identify image file",
         ),
     ],
 )
@@ -445,7 +452,7 @@ def test_unusable_options(
 
 
 def test_loss_that_is_no_number_is_said(settings: Settings) -> None:
-    training = Training(settings, pictures_of(settings), 2)
+    training = Training(settings, part_of(settings), 2)
     nn.init.constant_(training.model.classifier.weight, math.nan)
     with pytest.raises(UsageError, match=r"^the loss is nan in epoch 1: lower --lr \(now 0\.001\)$"):
         finish(training)
@@ -464,7 +471,7 @@ def test_defaults_on_the_command_line_are_those_of_the_settings(tmp_path: Path) 
 
 def test_trained_checkpoint_knows_the_held_out_digits() -> None:
     images, labels = digits.held_out()
-    logits = example.predict(TRAINED, Pictures(list(images), labels, ()))
+    logits = example.predict(TRAINED, Part(ArrayPictures("digits", images), labels, ()))
     assert example.top1(logits, labels) >= 0.985
 
 
