@@ -98,7 +98,9 @@ def read_graph(path: Path) -> Graph:
             () if tensor.shape is None else tuple(map(int, tensor.shape)),
             types[tensor.type],
             data if (data := model.buffers[tensor.buffer].data) is not None and len(data) else None,
-            () if tensor.quantization is None or tensor.quantization.scale is None else tuple(tensor.quantization.scale),
+            ()
+            if tensor.quantization is None or tensor.quantization.scale is None
+            else tuple(tensor.quantization.scale),
         )
         for tensor in graph.tensors
     )
