@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mvit_export.converters.export import ExportResult, export
     from mvit_export.errors import MvitExportError
+    from mvit_export.evaluation import evaluate
     from mvit_export.models.load import LoadedModel, load_model
     from mvit_export.parity import ParityResult, verify
     from mvit_export.preprocessing import Preprocessing
@@ -28,6 +29,7 @@ __all__ = [
     "MvitExportError",
     "ParityResult",
     "Preprocessing",
+    "evaluate",
     "export",
     "load_model",
     "save_weights",
@@ -40,6 +42,7 @@ _HOMES = {
     "MvitExportError": "errors",
     "ParityResult": "parity",
     "Preprocessing": "preprocessing",
+    "evaluate": "evaluation",
     "export": "converters.export",
     "load_model": "models.load",
     "save_weights": "weights",

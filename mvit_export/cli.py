@@ -24,6 +24,7 @@ from mvit_export.cli_base import (
     session,
 )
 from mvit_export.cli_bench import bench
+from mvit_export.cli_eval import evaluate
 from mvit_export.cli_tune import tune
 from mvit_export.errors import UsageError
 from mvit_export.terminal import Terminal, megabytes, status_text
@@ -343,6 +344,7 @@ def doctor(
 
 app.command()(bench)
 app.command()(tune)
+app.command("eval")(evaluate)
 
 
 def main(args: list[str] | None = None) -> NoReturn:

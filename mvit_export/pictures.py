@@ -6,7 +6,8 @@ numpy, and Pillow for folders.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,14 @@ class Pictures(Protocol):
 
     def read(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
         """uint8 RGB (H, W, 3) with (H, W) = `preprocessing.crop`. Raises UnreadablePicture."""
+        ...
+
+    def take(self, indices: Sequence[int]) -> Pictures:
+        """Some of them, to be read in another process."""
+        ...
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of a picture as it is stored."""
         ...
 
 
@@ -56,6 +65,12 @@ class FolderPictures:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
             raise UnreadablePicture(f"{self.files[index]}: {first_line(error)}") from error
 
+    def take(self, indices: Sequence[int]) -> FolderPictures:
+        return FolderPictures(self.source, tuple(self.files[index] for index in indices))
+
+    def digest(self, index: int) -> bytes:
+        return hashlib.sha256(self.files[index].read_bytes()).digest()
+
 
 @dataclass(frozen=True)
 class ArrayPictures:
@@ -74,6 +89,12 @@ class ArrayPictures:
         from PIL import Image
 
         return to_picture(Image.fromarray(picture), preprocessing)
+
+    def take(self, indices: Sequence[int]) -> ArrayPictures:
+        return ArrayPictures(self.source, self.images[list(indices)])
+
+    def digest(self, index: int) -> bytes:
+        return hashlib.sha256(self.images[index].tobytes()).digest()
 
 
 @dataclass(frozen=True)

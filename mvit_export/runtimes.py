@@ -55,9 +55,10 @@ class Session:
 
 
 def open_onnx(artifact: Artifact) -> Session:
-    """ONNX Runtime on its CPU provider."""
+    """ONNX Runtime on its CPU provider, in one thread: processes that work side by side share the cores."""
     ort = _runtime_module("onnxruntime", "pip install onnxruntime")
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3  # errors only
     with _rejection(artifact, "ONNX Runtime"):
         session = ort.InferenceSession(artifact.model_path, options, providers=["CPUExecutionProvider"])

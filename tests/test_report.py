@@ -467,6 +467,54 @@ def test_markdown_names_the_command_that_would_run(place: Path) -> None:
     assert "0 latencies measured, 1 not run." in text
 
 
+# Accuracy
+
+
+def test_accuracy_is_shown_with_what_it_is_worth(place: Path) -> None:
+    gate = {"max_drop": 0.5, "status": "fail", "reason": "1.32 points of top-1 lost [0.02, 2.61], at most 0.5 allowed"}
+    data.store_accuracy(place, data.scores(place, gate=gate, warnings=["confidence has moved away"]))
+    figures = "onnxruntime 1.31.1 CPU 98.68 % 99.78 % 7.44 % 99.12 % 2.4e-03 -0.22 [-0.87, 0.43]"
+    text = Reader(html(place)).text
+    assert f"{figures} {gate['reason']} confidence has moved away" in text
+    assert "454 pictures of digits/val, against PyTorch mobilevit_xxs 256x256." in text
+    shown = markdown(place)
+    assert "| 98.68 % | 99.78 % | 7.44 % | 99.12 % | 2.4e-03 | -0.22 \\[-0.87, 0.43\\] |" in shown
+    assert "- `mobilevit_xxs onnx-fp32`: **FAIL** 1.32 points of top-1 lost" in shown
+
+
+def test_accuracy_is_missed_only_beside_others_that_have_it(tmp_path: Path) -> None:
+    first, second = data.make_artifact(tmp_path, "xxs"), data.make_artifact(tmp_path, "xs")
+    assert not [gap for gap in report.read_report([tmp_path]).gaps if gap.what == "accuracy"]
+    assert "Accuracy" not in markdown(tmp_path)
+    data.store_accuracy(first, data.scores(first))
+    (gap,) = [gap for gap in report.read_report([tmp_path]).gaps if gap.what == "accuracy"]
+    assert (gap.path, gap.reason) == (str(second), "was never measured: there is no accuracy.json")
+    assert gap.command == f"mvit-export eval {second} --data DIR"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"top1": None}, "measured, but without top-1"),
+        ({"precision": "int8"}, "precision is 'int8', this artifact's is fp32"),
+        ({"drop_interval": [2, 1]}, "drop_interval is no interval"),
+        ({"gate": {"status": "maybe"}}, "status is 'maybe', expected pass or fail"),
+        ({"status": "not-run"}, "NOT-RUN without a reason"),
+    ],
+)
+def test_a_damaged_accuracy_is_a_gap(place: Path, changes: dict[str, Any], problem: str) -> None:
+    data.store_accuracy(place, data.scores(place, **changes))
+    found = report.read_report([place])
+    assert [gap.reason for gap in found.gaps if gap.what == "accuracy"] == [f"accuracy.json is damaged: {problem}"]
+    assert found.scored == ()
+
+
+def test_accuracy_that_could_not_be_had_is_listed(place: Path) -> None:
+    data.store_accuracy(place, data.scores(place, status="not-run", reason="Core ML predicts on macOS only"))
+    (gap,) = [gap for gap in report.read_report([place]).gaps if gap.what.startswith("accuracy")]
+    assert gap.reason == "Core ML predicts on macOS only"
+
+
 # JUnit
 
 
@@ -541,6 +589,7 @@ def test_json_counts_and_lists_what_was_not_run(showcase: Path, tmp_path: Path, 
         "verdict": "fail",
         "parity": {"pass": 6, "fail": 1, "not-run": 0},
         "measured": 12,
+        "scored": 0,
         "not_run": [
             {
                 "path": str(showcase / "mobilevit_xxs" / "coreml-fp16"),

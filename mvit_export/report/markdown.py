@@ -20,6 +20,10 @@ def lines(report: Report) -> Iterator[str]:
     if report.verdicts:
         yield from ("", "### Parity", "")
         yield from parity_table(report)
+    if report.scored:
+        yield from ("", "### Accuracy", "", f"{escape(words.pictures(report.scored))}.", "")
+        yield from accuracy_table(report)
+        yield from accuracy_remarks(report)
     yield from ("", "### Latency", "", f"{report.latency_line}.")
     if report.measured:
         yield ""
@@ -42,6 +46,22 @@ def parity_table(report: Report) -> Iterator[str]:
         verdict = f"**{words.VERDICTS[v.status]}**"
         said = escape(v.runtime or words.NONE), escape(words.remarks(v))
         yield line(code(v.label), v.precision, verdict, *figures, *said)
+
+
+def accuracy_table(report: Report) -> Iterator[str]:
+    yield from head("artifact", "runtime", "top-1", "top-5", "ECE", "agreement", "mean KL", "points of top-1 lost")
+    for row in report.scored:
+        shares = map(words.share, (row.top1, row.top5, row.ece, row.agreement))
+        lost = f"{words.points(row)} {words.points_interval(row)}".strip()
+        yield line(code(row.label), escape(row.runtime or words.NONE), *shares, words.tiny(row.mean_kl), escape(lost))
+
+
+def accuracy_remarks(report: Report) -> Iterator[str]:
+    found = [(row, kind, text) for row in report.scored for kind, text in words.accuracy_remarks(row)]
+    if found:
+        yield ""
+    for row, kind, text in found:
+        yield f"- {code(row.label)}: {'**FAIL** ' if kind == 'fail' else ''}{escape(text)}"
 
 
 def latency_table(report: Report) -> Iterator[str]:

@@ -7,7 +7,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ class Gap:
 
     label: str  # of the artifact
     path: str
-    what: str  # parity or latency, with the runtime where there is one
+    what: str  # parity, latency or accuracy, with the runtime where there is one
     reason: str
     command: str | None = None
 
@@ -113,6 +113,30 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """One row of accuracy.json. Shares are from 0 to 1, points of top-1 in hundredths; None where not measured."""
+
+    label: str
+    path: str
+    status: str
+    reason: str
+    runtime: str
+    reference: str  # what agreement and KL are against
+    source: str  # of the pictures
+    images: int
+    top1: float | None
+    top5: float | None
+    ece: float | None
+    agreement: float | None
+    mean_kl: float | None
+    drop_points: float | None
+    drop_interval: Interval | None
+    gate_status: str  # empty where no --max-drop was given
+    gate_reason: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Entry:
     """One artifact with all that its JSON files say. `label` is unique within a report."""
 
@@ -121,6 +145,7 @@ class Entry:
     artifact: Artifact
     verdicts: tuple[Verdict, ...]
     latencies: tuple[Latency, ...]
+    accuracies: tuple[Accuracy, ...]
     gaps: tuple[Gap, ...]
 
     @property
@@ -163,6 +188,10 @@ class Report:
         return tuple(row for entry in self.entries for row in entry.measured)
 
     @property
+    def scored(self) -> tuple[Accuracy, ...]:
+        return tuple(row for entry in self.entries for row in entry.accuracies if row.status != NOT_RUN)
+
+    @property
     def gaps(self) -> tuple[Gap, ...]:
         return tuple(gap for entry in self.entries for gap in entry.gaps)
 
@@ -193,9 +222,10 @@ class Report:
         return f"{count} latenc{'y' if count == 1 else 'ies'} measured" + (f", {missing} not run" if missing else "")
 
     def to_json(self) -> dict[str, Any]:
-        """Counts and gaps: the tables themselves are in parity.json and latency.json."""
+        """Counts and gaps: the tables themselves are in parity.json, latency.json and accuracy.json."""
         gaps = [{"path": g.path, "what": g.what, "reason": g.reason, "command": g.command} for g in self.gaps]
-        return {"verdict": self.status, "parity": dict(self.checks), "measured": len(self.measured), "not_run": gaps}
+        counts = {"parity": dict(self.checks), "measured": len(self.measured), "scored": len(self.scored)}
+        return {"verdict": self.status, **counts, "not_run": gaps}
 
 
 def overall(statuses: Sequence[str]) -> str:
@@ -211,7 +241,22 @@ def read_report(paths: Iterable[str | Path]) -> Report:
     """
     places = {place.resolve(): place for path in paths for place in find_artifacts(path)}
     artifacts = sorted(map(read_artifact, places.values()), key=order)
-    return Report(tuple(map(read_entry, artifacts, unique_labels(artifacts))))
+    return Report(with_unscored(tuple(map(read_entry, artifacts, unique_labels(artifacts)))))
+
+
+def with_unscored(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Accuracy that was never measured is a gap only beside artifacts whose accuracy was."""
+    if not any(entry.accuracies for entry in entries):
+        return entries
+    return tuple(entry if entry.accuracies else with_accuracy_gap(entry) for entry in entries)
+
+
+def with_accuracy_gap(entry: Entry) -> Entry:
+    if any(gap.what == "accuracy" for gap in entry.gaps):
+        return entry
+    call = command("eval", entry.artifact.path) + " --data DIR"
+    gap = Gap(entry.label, entry.path, "accuracy", "was never measured: there is no accuracy.json", call)
+    return replace(entry, gaps=(*entry.gaps, gap))
 
 
 def order(artifact: Artifact) -> tuple[float, str, str, str]:
@@ -241,7 +286,10 @@ def read_entry(artifact: Artifact, label: str) -> Entry:
     gaps += [Gap(label, path, said("parity", v.runtime), v.reason) for v in verdicts if v.status == NOT_RUN]
     gaps += [Gap(label, path, "latency", problem, command("bench", artifact.path)) for problem in no_latency]
     gaps += [Gap(label, path, said("latency", row.runtime), row.reason) for row in latencies if row.status != MEASURED]
-    return Entry(label, path, artifact, verdicts, latencies, tuple(gaps))
+    accuracies, no_accuracy = read_accuracies(artifact, label)
+    gaps += [Gap(label, path, "accuracy", problem) for problem in no_accuracy]
+    gaps += [Gap(label, path, said("accuracy", row.runtime), row.reason) for row in accuracies if row.status == NOT_RUN]
+    return Entry(label, path, artifact, verdicts, latencies, accuracies, tuple(gaps))
 
 
 def read_records(
@@ -368,6 +416,54 @@ def read_roofline(row: Fields | None) -> Roofline | None:
     return Roofline(**{name: row.number(name) for name in Roofline.__dataclass_fields__}) if row else None
 
 
+def read_accuracies(artifact: Artifact, label: str) -> tuple[tuple[Accuracy, ...], list[str]]:
+    """(the records, why a file has none); no file at all is neither."""
+    file = artifact.path / record_name("accuracy")
+    if not file.exists():
+        return (), []
+    rows, problem = read_file(file, lambda data: read_accuracy(data, artifact, label), absent="")
+    return rows, [problem] if problem else []
+
+
+def read_accuracy(data: Any, artifact: Artifact, label: str) -> tuple[Accuracy, ...]:
+    """Raises ValueError where accuracy.json is not what `eval` writes, or speaks of another artifact."""
+    document = Fields(data, "the document")
+    environment = document.sub("environment") or Fields({}, "environment")
+    source = (environment.sub("data") or Fields({}, "data")).text("source")
+    rows = [Fields(row, "a result") for row in document.items("results")]
+    return tuple(read_accuracy_row(row, artifact, label, source) for row in rows)
+
+
+def read_accuracy_row(row: Fields, artifact: Artifact, label: str, source: str) -> Accuracy:
+    row.expect_target(artifact)
+    gate = row.sub("gate") or Fields({}, "gate")
+    accuracy = Accuracy(
+        label=label,
+        path=tidy(artifact.path),
+        status=row.one_of("status", (MEASURED, FAIL, NOT_RUN)),
+        reason=row.text("reason"),
+        runtime=row.text("runtime"),
+        reference=row.text("reference"),
+        source=source,
+        images=row.count("images") or 0,
+        top1=row.number("top1"),
+        top5=row.number("top5"),
+        ece=row.number("ece"),
+        agreement=row.number("agreement"),
+        mean_kl=row.number("mean_kl"),
+        drop_points=row.number("drop_points", least=-100),
+        drop_interval=row.interval("drop_interval", least=-100),
+        gate_status=gate.one_of("status", (PASS, FAIL)) if gate.data else "",
+        gate_reason=gate.text("reason"),
+        warnings=tuple(map(tidy, row.items("warnings"))),
+    )
+    if accuracy.status == MEASURED and accuracy.top1 is None:
+        raise ValueError("measured, but without top-1")
+    if accuracy.status != MEASURED and not accuracy.reason:
+        raise ValueError(f"{accuracy.status.upper()} without a reason")
+    return accuracy
+
+
 class Fields:
     """A JSON object of unknown quality: every getter gives the asked type or raises ValueError naming the field."""
 
@@ -407,11 +503,11 @@ class Fields:
         value = self.number(key)
         return None if value is None else int(value)
 
-    def numbers(self, key: str) -> tuple[float, ...]:
-        return tuple(number(value, key, 0) for value in self.items(key))
+    def numbers(self, key: str, *, least: float = 0) -> tuple[float, ...]:
+        return tuple(number(value, key, least) for value in self.items(key))
 
-    def interval(self, key: str) -> Interval | None:
-        values = self.numbers(key)
+    def interval(self, key: str, *, least: float = 0) -> Interval | None:
+        values = self.numbers(key, least=least)
         if len(values) not in (0, 2) or sorted(values) != list(values):
             raise ValueError(f"{key} is no interval")
         return (values[0], values[1]) if values else None

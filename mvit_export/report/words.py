@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mvit_export.artifact import WeightsInfo
-from mvit_export.report.records import Interval, Latency, Ratio, Verdict, tidy
+from mvit_export.report.records import Accuracy, Interval, Latency, Ratio, Verdict, tidy
 
 NONE = "–"
 VERDICTS = {"pass": "PASS", "fail": "FAIL", "not-run": "NOT-RUN"}
@@ -54,6 +54,32 @@ def tiny(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def share(value: float | None) -> str:
+    """Accuracies differ in the second decimal: of 10,000 pictures one is 0.01 %."""
+    return NONE if value is None else f"{100 * value:.2f} %"
+
+
+def points(row: Accuracy) -> str:
+    return NONE if row.drop_points is None else f"{row.drop_points:.2f}"
+
+
+def points_interval(row: Accuracy) -> str:
+    return "" if row.drop_interval is None else "[{:.2f}, {:.2f}]".format(*row.drop_interval)
+
+
+def pictures(rows: Sequence[Accuracy]) -> str:
+    """`454 pictures of digits/val, against PyTorch mobilevit_xxs 64x64`."""
+    counts = " and ".join(dict.fromkeys(f"{row.images} pictures of {row.source}" for row in rows if row.images))
+    return f"{counts}, against {' and '.join(dict.fromkeys(row.reference for row in rows))}"
+
+
+def accuracy_remarks(row: Accuracy) -> tuple[tuple[str, str], ...]:
+    """(fail or warning, text) of everything that the figures do not say."""
+    gate = [("fail", row.gate_reason)] if row.gate_status == "fail" else []
+    failed = [("fail", row.reason)] if row.reason else []
+    return (*failed, *gate, *(("warning", text) for text in row.warnings))
 
 
 def memory(value: float | None) -> str:
