@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,8 +20,9 @@ CLIPPED = 1e-4  # percentile: the share of values that may lie outside, half of 
 STEPS = 64  # entropy: how many places are tried for each end
 EMPTY = 1e-9  # entropy: the probability of a value where none was seen
 
+Key = TypeVar("Key", int, str)  # how a format names its tensors
 Range = tuple[float, float]
-Passes = Callable[[], Iterator[Mapping[int, np.ndarray]]]  # every call runs all inputs: tensors by their index
+Passes = Callable[[], Iterator[Mapping[Key, np.ndarray]]]  # every call runs all inputs: tensors by their key
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Histogram:
         return self.low + (self.high - self.low) * index / BINS
 
 
-def learn_ranges(passes: Passes, method: str) -> dict[int, Range]:
+def learn_ranges(passes: Passes[Key], method: str) -> dict[Key, Range]:
     """The range of each tensor by one of `calibration.METHODS`; zero always lies in it.
 
     Raises ConversionError for NaN or Inf, which has no range.
@@ -52,8 +54,8 @@ def with_zero(bounds: Range) -> Range:
     return min(bounds[0], 0.0), max(bounds[1], 0.0)
 
 
-def find_extremes(runs: Iterator[Mapping[int, np.ndarray]]) -> dict[int, Range]:
-    found: dict[int, Range] = {}
+def find_extremes(runs: Iterator[Mapping[Key, np.ndarray]]) -> dict[Key, Range]:
+    found: dict[Key, Range] = {}
     for tensors in runs:
         for name, array in tensors.items():
             low, high = float(array.min()), float(array.max())
@@ -64,7 +66,7 @@ def find_extremes(runs: Iterator[Mapping[int, np.ndarray]]) -> dict[int, Range]:
     return found
 
 
-def count_values(runs: Iterator[Mapping[int, np.ndarray]], extremes: Mapping[int, Range]) -> dict[int, Histogram]:
+def count_values(runs: Iterator[Mapping[Key, np.ndarray]], extremes: Mapping[Key, Range]) -> dict[Key, Histogram]:
     found = {name: Histogram(*bounds, np.zeros(BINS, np.int64)) for name, bounds in extremes.items()}
     for tensors in runs:
         for name, array in tensors.items():
