@@ -6,8 +6,9 @@ histogram between its extremes; so memory does not grow with the number of input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,7 +21,7 @@ STEPS = 64  # entropy: how many places are tried for each end
 EMPTY = 1e-9  # entropy: the probability of a value where none was seen
 
 Range = tuple[float, float]
-Passes = Callable[[], Iterator[Mapping[int, np.ndarray]]]  # every call runs all inputs: tensors by their index
+Key = TypeVar("Key", bound=Hashable)  # a tensor's name or index
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,10 @@ class Histogram:
         return self.low + (self.high - self.low) * index / BINS
 
 
-def learn_ranges(passes: Passes, method: str) -> dict[int, Range]:
+def learn_ranges(passes: Callable[[], Iterator[Mapping[Key, np.ndarray]]], method: str) -> dict[Key, Range]:
     """The range of each tensor by one of `calibration.METHODS`; zero always lies in it.
+
+    Every call of `passes` runs all inputs anew and gives the tensors of each.
 
     Raises ConversionError for NaN or Inf, which has no range.
     """
@@ -52,8 +55,8 @@ def with_zero(bounds: Range) -> Range:
     return min(bounds[0], 0.0), max(bounds[1], 0.0)
 
 
-def find_extremes(runs: Iterator[Mapping[int, np.ndarray]]) -> dict[int, Range]:
-    found: dict[int, Range] = {}
+def find_extremes(runs: Iterator[Mapping[Key, np.ndarray]]) -> dict[Key, Range]:
+    found: dict[Key, Range] = {}
     for tensors in runs:
         for name, array in tensors.items():
             low, high = float(array.min()), float(array.max())
@@ -64,7 +67,7 @@ def find_extremes(runs: Iterator[Mapping[int, np.ndarray]]) -> dict[int, Range]:
     return found
 
 
-def count_values(runs: Iterator[Mapping[int, np.ndarray]], extremes: Mapping[int, Range]) -> dict[int, Histogram]:
+def count_values(runs: Iterator[Mapping[Key, np.ndarray]], extremes: Mapping[Key, Range]) -> dict[Key, Histogram]:
     found = {name: Histogram(*bounds, np.zeros(BINS, np.int64)) for name, bounds in extremes.items()}
     for tensors in runs:
         for name, array in tensors.items():
