@@ -54,6 +54,8 @@ def convert(conversion: Conversion, path: Path) -> str:
     store_module_names(mlmodel, network_paths(modules))
     describe(mlmodel, conversion)
     mlmodel.save(str(path))
+    # What coremltools notes for ExecuTorch where ops are numbered: nothing reads it, and it is as large as the program.
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
     return capture
 
 
