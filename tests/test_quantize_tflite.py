@@ -122,9 +122,13 @@ def test_every_op_is_known_by_kind_and_module(kinds):
     assert count["depthwise"] == 7
     assert count["conv"] == 7
     assert count["conv1x1"] == 2 * 7 + 2 * 3 + 1
-    assert count["elementwise"] == 9 * 2 + 3 + sum(
-        1 for kind, module in kinds.values() if kind == "elementwise" and re.fullmatch(r"stages\.\d\.\d", module)
-    ) - 3
+    assert (
+        count["elementwise"]
+        == 9 * 2
+        + 3
+        + sum(1 for kind, module in kinds.values() if kind == "elementwise" and re.fullmatch(r"stages\.\d\.\d", module))
+        - 3
+    )
     modules = {module for kind, module in kinds.values() if kind == "linear"}
     assert {"stages.2.1.encoders.0.attention.qkv", "stages.4.1.encoders.2.mlp.reduce", "classifier"} <= modules
     assert ("activation", "stages.2.1.encoders.0.mlp.act") in kinds.values()
@@ -216,7 +220,9 @@ def test_int4_is_for_linear_layers(graph_of):
             assert weight.type == ("INT4" if op.type == "FULLY_CONNECTED" else "INT8")
 
 
-@pytest.mark.parametrize(("precision", "raised"), [("int8-weight", False), ("int8-dynamic", True), ("int4-weight", True)])
+@pytest.mark.parametrize(
+    ("precision", "raised"), [("int8-weight", False), ("int8-dynamic", True), ("int4-weight", True)]
+)
 def test_old_runtimes_are_told_that_they_lack_the_kernels(quantized, precision, raised):
     from ai_edge_litert.tools import flatbuffer_utils
 
@@ -277,7 +283,9 @@ def test_pictures_stay_pictures(quantized, tiny_artifact, tiny_model):
     path = quantized("int8", FAST, "minmax", "image")
     graph = read_graph(path)
     assert graph.tensors[graph.inputs[0]].type == "UINT8"
-    preprocessing = [op for op in graph.ops if "Normalise" in graph.name(op) and op.type not in ("QUANTIZE", "DEQUANTIZE")]
+    preprocessing = [
+        op for op in graph.ops if "Normalise" in graph.name(op) and op.type not in ("QUANTIZE", "DEQUANTIZE")
+    ]
     assert preprocessing and not [op for op in preprocessing if graph.use(op) == "static"]
     assert takes_whole_graph(path)
 
