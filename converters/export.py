@@ -216,11 +216,14 @@ def describe_quantization(conversion: Conversion) -> dict[str, Any] | None:
 
 
 def calibration_cases(conversion: Conversion, manifest: Manifest) -> list[Case]:
-    """Some of the calibration's inputs, evenly over all of them."""
+    """Some of the calibration's inputs, evenly over all of them; each in a batch with those after it, if there are."""
     assert conversion.calibration is not None
     step = max(1, conversion.calibration.count // GOLDEN_SAMPLES)
-    inputs = itertools.islice(conversion.calibration_inputs(), 0, step * GOLDEN_SAMPLES, step)
-    return [stored_case(f"sample-{index}", array, manifest) for index, array in enumerate(inputs)]
+    singles = list(itertools.islice(conversion.calibration_inputs(), 0, step * GOLDEN_SAMPLES, step))
+    batch = manifest.inputs[0].shape[0] or 1
+    around = [*singles, *singles] * batch
+    arrays = [np.concatenate(around[start : start + batch]) for start in range(len(singles))]
+    return [stored_case(f"sample-{index}", array, manifest) for index, array in enumerate(arrays)]
 
 
 def golden_vectors(conversion: Conversion, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:

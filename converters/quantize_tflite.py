@@ -22,7 +22,6 @@ would be cut.
 from __future__ import annotations
 
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -132,13 +131,11 @@ def run_calibration(path: Path, tensors: Iterable[int], conversion: Conversion) 
     """The values of these tensors for one calibration input after another."""
     from ai_edge_litert import interpreter as litert
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # keeping all tensors takes memory: that is what is asked for
-        interpreter = litert.Interpreter(
-            model_path=str(path),
-            experimental_preserve_all_tensors=True,
-            experimental_op_resolver_type=litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-        )
+    interpreter = litert.Interpreter(
+        model_path=str(path),
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
     interpreter.allocate_tensors()
     (details,) = interpreter.get_input_details()
     for array in conversion.calibration_inputs():
