@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_export.benchmarks.tune import run_command
-from mvit_export.formats import CALIBRATED, FORMATS, WITH_RECIPE
+from mvit_export.formats import FORMATS, FULL, WITH_RECIPE
 from mvit_export.models.load import VARIANT_NAMES
 from mvit_export.recipes import NAMED
 
@@ -50,7 +50,7 @@ def export(source: list[str], out: Path, job: tuple[str, str, str | None], calib
     fmt, precision, recipe = job
     arguments = ["export", "--to", fmt, "--precision", precision, *source, "--out", str(out), "--overwrite"]
     arguments += ["--recipe", recipe] if recipe else []
-    arguments += ["--calibration", str(calibration)] if calibration and precision in CALIBRATED else []
+    arguments += ["--calibration", str(calibration)] if calibration and precision not in FULL else []
     return run_command(arguments)["artifacts"][0]
 
 

@@ -10,6 +10,10 @@ Inputs and outputs stay float (or pictures). What XNNPACK, LiteRT's kernels for 
   scale a row where the width is no multiple of it), and the convolutions have 8-bit weights.
 - It has no int16: those files are for accelerators, and slow on a CPU.
 
+The predecessor, tflite-runtime 2.14, computes linear layers with a scale for each row wrongly where they are dynamic or
+int16, and ends in a crash on 4 bits. The quantizer leaves their version number as it was; we raise it to the one that
+stands for such layers, so that an old runtime refuses the file.
+
 Moves of data (reshapes, slices, padding) follow the static op beside them, which changes no value. A static layer
 whose output is the network's works with dynamic ranges: its output is float, and a score beyond every calibrated one
 would be cut.
@@ -18,7 +22,6 @@ would be cut.
 from __future__ import annotations
 
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -44,6 +47,7 @@ RECIPES = {
     "int4-weight": Recipe("int4-weight", (Rule("dynamic", ("linear",)), Rule("weight"))),
 }
 BLOCK = 32
+PER_ROW = 12  # the version of FULLY_CONNECTED whose kernels know a scale for each row
 NAMES = {"TRANSPOSE_CONV": "CONV_2D_TRANSPOSE"}  # where the quantizer has another name for an op
 
 Uses = Mapping[int, str]  # op: how it is to work; other ops stay float
@@ -63,6 +67,8 @@ def quantize(path: Path, conversion: Conversion) -> None:
     ranges = calibrate(graph, path, uses, conversion) if "static" in uses.values() else None
     apply(graph, path, uses, precision, ranges)
     check_done(graph, read_graph(path), uses)
+    if any(graph.ops[index].type == "FULLY_CONNECTED" and use != "weight" for index, use in uses.items()):
+        raise_version(path, "FULLY_CONNECTED", PER_ROW)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -125,13 +131,11 @@ def run_calibration(path: Path, tensors: Iterable[int], conversion: Conversion) 
     """The values of these tensors for one calibration input after another."""
     from ai_edge_litert import interpreter as litert
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # keeping all tensors takes memory: that is what is asked for
-        interpreter = litert.Interpreter(
-            model_path=str(path),
-            experimental_preserve_all_tensors=True,
-            experimental_op_resolver_type=litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-        )
+    interpreter = litert.Interpreter(
+        model_path=str(path),
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
     interpreter.allocate_tensors()
     (details,) = interpreter.get_input_details()
     for array in conversion.calibration_inputs():
@@ -196,6 +200,17 @@ def check_done(before: Graph, after: Graph, uses: Uses) -> None:
             raise ConversionError(
                 f"the quantizer left {op.type} {before.name(op)!r} {got}, expected {use}: leave it out of the recipe"
             )
+
+
+def raise_version(path: Path, op_type: str, version: int) -> None:
+    """Let only runtimes load the file that know at least this version of an op."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model(str(path))
+    for index, code in enumerate(model.operatorCodes):
+        if flatbuffer_utils.opcode_to_name(model, index) == op_type:
+            code.version = max(code.version, version)
+    flatbuffer_utils.write_model(model, str(path))
 
 
 def shorten_names(path: Path) -> None:

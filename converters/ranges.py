@@ -6,7 +6,7 @@ histogram between its extremes; so memory does not grow with the number of input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,9 +20,8 @@ CLIPPED = 1e-4  # percentile: the share of values that may lie outside, half of 
 STEPS = 64  # entropy: how many places are tried for each end
 EMPTY = 1e-9  # entropy: the probability of a value where none was seen
 
-Key = TypeVar("Key", int, str)  # how a format names its tensors
 Range = tuple[float, float]
-Passes = Callable[[], Iterator[Mapping[Key, np.ndarray]]]  # every call runs all inputs: tensors by their key
+Key = TypeVar("Key", bound=Hashable)  # a tensor's name or index
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +36,10 @@ class Histogram:
         return self.low + (self.high - self.low) * index / BINS
 
 
-def learn_ranges(passes: Passes[Key], method: str) -> dict[Key, Range]:
+def learn_ranges(passes: Callable[[], Iterator[Mapping[Key, np.ndarray]]], method: str) -> dict[Key, Range]:
     """The range of each tensor by one of `calibration.METHODS`; zero always lies in it.
+
+    Every call of `passes` runs all inputs anew and gives the tensors of each.
 
     Raises ConversionError for NaN or Inf, which has no range.
     """

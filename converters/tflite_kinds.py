@@ -45,9 +45,9 @@ class Classifier:
         """One of `recipes.KINDS`; None for what no recipe speaks of, such as moves of data and pooling."""
         if op.type in MOVES or self.is_preprocessing(op):
             return None
-        if module in self.norms:
-            return "norm"
-        kind = KINDS_OF_TYPES.get(op.type) or product_kind(self.graph, op)
+        if product := product_kind(self.graph, op):
+            return product
+        kind = "norm" if module in self.norms else KINDS_OF_TYPES.get(op.type)
         return self.elementwise_kind(op, module) if kind == "elementwise" else kind
 
     def elementwise_kind(self, op: Op, module: str) -> str | None:
@@ -75,14 +75,13 @@ class Classifier:
     def module_of(self, op: Op) -> str:
         """The path of the module that an op came from, "" where the file does not say.
 
-        A name may list several places; the first is the op's own, and a layer inside of it says more. The op that
-        makes an output is named after that: its module is known by its weights.
+        A name may list several places, where ops were fused. Of those the first is the op's own, for one with weights
+        the first that has such. The op that makes an output is named after that: its weights tell its module.
         """
         places = tflite_modules(self.graph.name(op), self.chains)
-        if not places:
-            return self.module_by_weight(op)
-        inside = [place for place in places if place.startswith(f"{places[0]}.")]
-        return inside[-1] if inside and self.graph.weight(op) else places[0]
+        if self.graph.weight(op):
+            places = tuple(place for place in places if place in self.weights) or (self.module_by_weight(op), *places)
+        return next((place for place in places if place), "")
 
     def module_by_weight(self, op: Op) -> str:
         weight = self.graph.weight(op)

@@ -1,6 +1,7 @@
 """PyTorch -> Core ML ML Program (.mlpackage) through coremltools.
 
-fp16 is compute precision; inputs and outputs are float32 in both precisions, so that one app code serves both. With
+fp16 is compute precision; inputs and outputs are float32 in all precisions, so that one app code serves all. What has
+fewer bits than fp16 computes the rest in fp16, which the Neural Engine asks for (`quantize_coreml.py`). With
 `--input image` the input is an ImageType with the checkpoint's channel order and scale; with labels the model is a
 classifier that gives `classLabel` and `classLabel_probs` next to `logits`. Several input shapes become one package with
 enumerated shapes, which takes each of them and no other.
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 
 from mvit_export.converters.capture import INPUT_NAME, JIT_TRACE, TORCH_EXPORT, Conversion, Exportable
 from mvit_export.converters.flexible import make_flexible
+from mvit_export.converters.quantize_coreml import add_pass, check_done, plan_bits
 from mvit_export.errors import require
 from mvit_export.mil.modules import module_names, number_nodes, store_module_names
 from mvit_export.preprocessing import Preprocessing
 
+FLOATS = ("fp32", "fp16")
 WRAPPER = "model.model."  # CoreMLForm holds Exportable, which holds the network
 
 
@@ -43,10 +46,22 @@ def convert(conversion: Conversion, path: Path) -> str:
     options = conversion_options(ct, conversion, module)
     with torch.no_grad():
         mlmodel, modules, capture = (convert_trace if len(shapes) > 1 else convert_any)(ct, module, example, options)
-    store_module_names(mlmodel, {op: f"{path}.".removeprefix(WRAPPER).rstrip(".") for op, path in modules.items()})
+        if conversion.target.precision not in FLOATS:
+            plan = plan_bits(mlmodel, network_paths(modules), conversion)
+            add_pass(options["pass_pipeline"], plan)
+            mlmodel, modules, capture = CONVERT[capture](ct, module, example, options)
+            check_done(mlmodel, plan)
+    store_module_names(mlmodel, network_paths(modules))
     describe(mlmodel, conversion)
     mlmodel.save(str(path))
+    # What coremltools notes for ExecuTorch where ops are numbered: nothing reads it, and it is as large as the program.
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
     return capture
+
+
+def network_paths(modules: dict[str, str]) -> dict[str, str]:
+    """Op -> module of the network, without the modules that wrap it here."""
+    return {op: f"{path}.".removeprefix(WRAPPER).rstrip(".") for op, path in modules.items()}
 
 
 Converted = tuple[Any, dict[str, str], str]  # the MLModel, its module names, how it was captured
@@ -55,17 +70,24 @@ Converted = tuple[Any, dict[str, str], str]  # the MLModel, its module names, ho
 def convert_any(ct: Any, module: nn.Module, example: Tensor, options: dict[str, Any]) -> Converted:
     """By torch.export, else by a trace; if that fails too, its error is raised."""
     try:
-        program = torch.export.export(module, (example,)).run_decompositions({})
-        handles = number_nodes(program)
-        mlmodel = ct.convert(program, **options)
-        return mlmodel, module_names(mlmodel, handles=handles), TORCH_EXPORT
+        return convert_export(ct, module, example, options)
     except Exception:  # the converter's errors have no common type
         return convert_trace(ct, module, example, options)
+
+
+def convert_export(ct: Any, module: nn.Module, example: Tensor, options: dict[str, Any]) -> Converted:
+    program = torch.export.export(module, (example,)).run_decompositions({})
+    handles = number_nodes(program)
+    mlmodel = ct.convert(program, **options)
+    return mlmodel, module_names(mlmodel, handles=handles), TORCH_EXPORT
 
 
 def convert_trace(ct: Any, module: nn.Module, example: Tensor, options: dict[str, Any]) -> Converted:
     mlmodel = ct.convert(torch.jit.trace(module, example), **options)
     return mlmodel, module_names(mlmodel, model=module), JIT_TRACE
+
+
+CONVERT = {TORCH_EXPORT: convert_export, JIT_TRACE: convert_trace}
 
 
 class CoreMLForm(nn.Module):
@@ -106,20 +128,21 @@ def conversion_options(ct: Any, conversion: Conversion, module: CoreMLForm) -> d
         "convert_to": "mlprogram",
         "inputs": [input_type(ct, conversion)],
         "outputs": [ct.TensorType(name=name, dtype=np.float32) for name in outputs],
-        "compute_precision": ct.precision.FLOAT16 if target.precision == "fp16" else ct.precision.FLOAT32,
+        "compute_precision": ct.precision.FLOAT32 if target.precision == "fp32" else ct.precision.FLOAT16,
         "minimum_deployment_target": getattr(ct.target, str(target.deployment_target)),
+        "pass_pipeline": ct.PassPipeline.DEFAULT,
     }
     if module.classifier:
         options["outputs"].append(ct.TensorType(name="probabilities", dtype=np.float32))
         options["classifier_config"] = ct.ClassifierConfig(
             list(conversion.labels or ()), predicted_probabilities_output="probabilities"
         )
-        options["pass_pipeline"] = classifier_pipeline(ct)
+        forget_types(options["pass_pipeline"])
     return options
 
 
-def classifier_pipeline(ct: Any) -> Any:
-    """The default passes, then one that forgets the output types, which have been applied by then.
+def forget_types(pipeline: Any) -> None:
+    """Append a pass that forgets the output types, which have been applied by then.
 
     coremltools 9 adds `classLabel` to a classifier's outputs after the passes and then looks each output up in the
     list of types, one short: "list index out of range" for any classifier with a second output such as logits.
@@ -135,9 +158,7 @@ def classifier_pipeline(ct: Any) -> Any:
             def apply(self, program: Any) -> None:
                 program.functions["main"].set_output_types(None)
 
-    pipeline = ct.PassPipeline.DEFAULT
     pipeline.append_pass(name)
-    return pipeline
 
 
 def input_type(ct: Any, conversion: Conversion) -> Any:

@@ -11,7 +11,7 @@ from importlib import resources
 
 import numpy as np
 
-from mvit_export.artifact import Manifest, TensorSpec
+from mvit_export.artifact import Artifact, Manifest, TensorSpec, load_golden
 from mvit_export.preprocessing import Preprocessing, Size, to_picture, to_tensor
 
 NOISE_SEEDS = (0, 1, 2)
@@ -39,6 +39,18 @@ def make_cases(manifest: Manifest) -> list[Case]:
         suffix = "@{}x{}".format(*image_size(shape, spec)) if len(shapes) > 1 else ""
         cases += _cases_of_shape(shape, spec, manifest.preprocessing, suffix)
     return cases
+
+
+def cases_of(artifact: Artifact) -> list[Case]:
+    """What a file is compared on.
+
+    A file of few bits promises little on inputs unlike its calibration's, so it is fed the stored ones of these.
+    """
+    manifest = artifact.manifest
+    if not (manifest.quantization and manifest.quantization.get("calibration")):
+        return make_cases(manifest)
+    stored = load_golden(artifact)
+    return [stored_case(name, tensors[manifest.inputs[0].name], manifest) for name, tensors in stored.items()]
 
 
 def stored_case(name: str, array: np.ndarray, manifest: Manifest) -> Case:

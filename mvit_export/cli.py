@@ -105,7 +105,8 @@ def export(
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="ONNX: take any batch size.")] = False,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS15 to iOS26 (iOS16).")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Pictures for int8 and int16: a folder, or .npz with images.")
+        Path | None,
+        typer.Option(help="Pictures for int8 and int16, and to check other few-bit files on: a folder or .npz."),
     ] = None,
     calibration_method: Annotated[str, typer.Option(help="Ranges by minmax, percentile or entropy.")] = "minmax",
     recipe: Annotated[str | None, typer.Option(help="For int8: accurate, fast, small or FILE.toml (accurate).")] = None,
@@ -184,6 +185,8 @@ def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
         if not result.verdicts:
             terminal.print(status_text(NOT_RUN), f"{path}  {size}  --no-verify was given")
         verdicts += result.verdicts
+    for warning in dict.fromkeys(w for result in results for w in calibration_warnings(result.artifact.manifest)):
+        terminal.print(f"note    calibration: {warning}")
     status = overall_status(verdicts)
     folder = results[0].artifact.path.parent
     terminal.print(f"Next:  mvit-export verify {folder}")
@@ -191,6 +194,10 @@ def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
     terminal.print_json({"status": status, "model": info.name, "trained": loaded.weights.trained, "artifacts": rows})
     # Verification that the user declined is no check asked for and missed.
     raise typer.Exit(EXIT_CODES[status if verdicts else PASS])
+
+
+def calibration_warnings(manifest: Any) -> list[str]:
+    return ((manifest.quantization or {}).get("calibration") or {}).get("warnings", [])
 
 
 @app.command()

@@ -44,6 +44,7 @@ FORMATS = {
 }
 # fmt: on
 CALIBRATED = ("int8", "int16")  # static: the ranges of activations come from calibration
+FULL = ("fp32", "fp16")  # the others lose bits, and may be checked on calibration pictures
 WITH_RECIPE = ("int8",)  # whose parts a recipe chooses
 OPSETS = (18, 19, 20, 21, 22, 23)
 OPSET_LEAST = {"int4-weight": 21}  # which brought 4-bit tensors

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mvit_export.artifact import Artifact
-from mvit_export.cases import make_cases
+from mvit_export.cases import cases_of
 from mvit_export.intermediates import Intermediate, read_intermediates
 from mvit_export.recording import Call, ancestors, record
 
@@ -186,7 +186,7 @@ def locate(
     from mvit_export.models.load import rebuild_model
 
     manifest = artifact.manifest
-    (chosen,) = [item for item in make_cases(manifest) if item.name == case]
+    (chosen,) = [item for item in cases_of(artifact) if item.name == case]
     recorder = record(rebuild_model(manifest, weights=weights).module, chosen.model_input)
     intermediates = read_intermediates(artifact, chosen.artifact_input, recorder.chains)
     found = first_divergence(recorder.calls, intermediates, max_rel, passed=passed)

@@ -18,9 +18,9 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("onnx", "small"): Recipe("small", (Rule("weight"),)),
     ("tflite", "accurate"): Recipe("accurate", (Rule("static", ("linear", "conv", "conv1x1")), Rule("weight"))),
     ("tflite", "fast"): Recipe(
-        "fast", (Rule("static", ("linear", "conv", "conv1x1", "depthwise", "activation")), Rule("weight"))
+        "fast", (Rule("static", ("linear", "conv", "conv1x1", "depthwise", "activation", "elementwise")),)
     ),
-    ("tflite", "small"): Recipe("small", (Rule("weight"),)),
+    ("tflite", "small"): Recipe("small", (Rule("dynamic", ("linear", "conv", "conv1x1")), Rule("weight"))),
     ("coreml", "accurate"): Recipe("accurate", (Rule("static", ("linear", "conv", "conv1x1")), Rule("weight"))),
     ("coreml", "fast"): Recipe("fast", (Rule("static", ("linear", "conv", "conv1x1", "depthwise")), Rule("weight"))),
     ("coreml", "small"): Recipe("small", (Rule("weight"),)),

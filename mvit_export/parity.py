@@ -26,9 +26,8 @@ from mvit_export.artifact import (
     record_name,
     write_json,
 )
-from mvit_export.cases import make_cases, stored_case
+from mvit_export.cases import cases_of
 from mvit_export.errors import ArtifactError, MvitExportError, RuntimeUnavailable, UsageError, first_line
-from mvit_export.formats import CALIBRATED
 from mvit_export.locate import Located, locate
 from mvit_export.metrics import FLOAT32_UNIT, Metrics, measure, worst
 from mvit_export.runtimes import Arrays, Overflow, Session, open_torch, openers
@@ -69,16 +68,36 @@ WEIGHTS_8 = Tolerance(28, 0.15, 0.99, 0.3, "weights have 8 bits, sums are float"
 DYNAMIC_8 = Tolerance(25, 0.2, 0.99, 0.3, "weights and inputs of products have 8 bits", 0.5, 0.1, 0.15)
 STATIC_8 = Tolerance(20, 0.3, 0.98, 0.5, "weights and activations have 8 bits, ranges from calibration", 0.5, 0.1, 0.2)
 WEIGHTS_4 = Tolerance(12, 0.6, 0.9, 1.5, "weights have 4 bits: 16 values", 1.0, 0.3, 0.4)
+# Measured on MobileViT-XXS trained for digits, on one with random weights at 256x256, and on the tests' tiny network,
+# which is the most sensitive. The worst is named; about twice its error is let through.
+# fmt: off
+TFLITE_WEIGHTS_8 = Tolerance(
+    24, 0.15, 0.99, 0.05, "weights have 8 bits: 27.6 dB on a white picture, unlike all trained on", 0.3, 0.02, 0.1
+)
+TFLITE_DYNAMIC_8 = Tolerance(
+    24, 0.15, 0.99, 0.05, "weights and inputs of products have 8 bits: 27.8 dB", 0.3, 0.02, 0.1
+)
+TFLITE_STATIC_8 = Tolerance(
+    20, 0.25, 0.99, 0.1, "weights and activations have 8 bits: 23.8 dB, 0.54 of what the input changes, on the tiny "
+    "network; on held-out digits the top class's probability changes by up to 0.11", 0.8, 0.02, 0.2
+)
+TFLITE_STATIC_16 = Tolerance(
+    30, 0.1, 0.995, 0.05, "weights have 8 bits, activations 16: 39.5 dB on calibration's own pictures", 0.3, 0.02, 0.1
+)
+TFLITE_WEIGHTS_4 = Tolerance(
+    18, 0.35, 0.96, 0.1, "weights of linear layers have 16 values, the others 8 bits: 21.3 dB", 0.8, 0.05, 0.15
+)
+# fmt: on
 TOLERANCES |= {
     ("onnx", "int8-weight"): WEIGHTS_8,
     ("onnx", "int8-dynamic"): DYNAMIC_8,
     ("onnx", "int8"): STATIC_8,
     ("onnx", "int4-weight"): WEIGHTS_4,
-    ("tflite", "int8-weight"): WEIGHTS_8,
-    ("tflite", "int8-dynamic"): DYNAMIC_8,
-    ("tflite", "int8"): STATIC_8,
-    ("tflite", "int16"): WEIGHTS_8,
-    ("tflite", "int4-weight"): WEIGHTS_4,
+    ("tflite", "int8-weight"): TFLITE_WEIGHTS_8,
+    ("tflite", "int8-dynamic"): TFLITE_DYNAMIC_8,
+    ("tflite", "int8"): TFLITE_STATIC_8,
+    ("tflite", "int16"): TFLITE_STATIC_16,
+    ("tflite", "int4-weight"): TFLITE_WEIGHTS_4,
     ("coreml", "int8-weight"): WEIGHTS_8,
     ("coreml", "int8"): STATIC_8,
     ("coreml", "palette8"): WEIGHTS_8,
@@ -260,15 +279,10 @@ def _golden_pairs(artifact: Artifact) -> list[Pair]:
 
 
 def _reference_pairs(artifact: Artifact, weights: str | Path | None) -> list[Pair]:
-    """A calibrated file promises nothing on inputs unlike its calibration's, so it is fed the stored ones of these."""
     from mvit_export.models.load import rebuild_model
 
-    manifest = artifact.manifest
-    reference = open_torch(rebuild_model(manifest, weights=weights).module)
-    cases = make_cases(manifest)
-    if manifest.precision in CALIBRATED:
-        stored = load_golden(artifact)
-        cases = [stored_case(name, tensors[manifest.inputs[0].name], manifest) for name, tensors in stored.items()]
+    reference = open_torch(rebuild_model(artifact.manifest, weights=weights).module)
+    cases = cases_of(artifact)
     return [(case.name, case.artifact_input, reference.run(case.model_input)) for case in cases]
 
 
