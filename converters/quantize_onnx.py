@@ -21,7 +21,8 @@ import numpy as np
 from mvit_export.converters.capture import Conversion
 from mvit_export.converters.integers import BIAS_LIMIT, pack_int4, split_blocks, to_bias, to_int4, to_int8, to_uint8
 from mvit_export.converters.onnx_parts import Part, choose_uses, find_parts, float_tensors
-from mvit_export.converters.onnx_ranges import Range, learn_ranges
+from mvit_export.converters.onnx_ranges import calibrate
+from mvit_export.converters.ranges import Range
 from mvit_export.errors import require
 from mvit_export.recipes import Recipe, Rule, everything
 
@@ -44,7 +45,7 @@ def quantize(model: Any, conversion: Conversion) -> None:
     parts, floats = find_parts(model), float_tensors(model)
     uses = choose_uses(parts, conversion.recipe or RECIPES[precision])
     static = {name for part in parts if uses[part.output] == "static" for name in (*part.inputs(floats), part.output)}
-    ranges = learn_ranges(model, sorted(static), conversion) if static else {}
+    ranges = calibrate(model, sorted(static), conversion) if static else {}
     bits = 4 if precision == "int4-weight" else 8
     writer = Writer(model, ranges, {name for name, use in uses.items() if use == "static"}, bits)
     known = {part.output: part for part in parts}

@@ -18,6 +18,7 @@ from mvit_export.converters.capture import (
     baked_preprocessing,
     example_input,
 )
+from mvit_export.converters.forms import flatten_tokens
 from mvit_export.converters.quantize_onnx import quantize
 from mvit_export.errors import ConversionError, require
 
@@ -29,9 +30,12 @@ def convert(conversion: Conversion, path: Path) -> str:
     onnx = require("onnx", extra="onnx", purpose="to write ONNX files")
     require("onnxscript", extra="onnx", purpose="to write ONNX files")
     target = conversion.target
-    module = Exportable(
-        conversion.module, preprocessing=baked_preprocessing(conversion), half=target.precision == "fp16"
-    )
+    few_bits = target.precision not in ("fp32", "fp16")
+    network = conversion.module
+    if few_bits:
+        batched = target.dynamic_batch or conversion.model.input_shapes[0][0] != 1
+        network = flatten_tokens(network, batched=batched)
+    module = Exportable(network, preprocessing=baked_preprocessing(conversion), half=target.precision == "fp16")
     # The exporter fixes a batch axis that it sees as 1, so a dynamic one is traced at 2.
     example = example_input(conversion, batch=2 if target.dynamic_batch else None)
     program = torch.onnx.export(
@@ -49,7 +53,7 @@ def convert(conversion: Conversion, path: Path) -> str:
     model = program.model_proto
     check_opset(model, target.opset)
     strip_traces(model)
-    if target.precision not in ("fp32", "fp16"):
+    if few_bits:
         quantize(model, conversion)
     describe(model, conversion)
     onnx.save(model, path)

@@ -6,7 +6,15 @@ from mvit_export.recipes import Recipe, Rule
 
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("onnx", "accurate"): Recipe("accurate", (Rule("dynamic", ("linear",)), Rule("weight"))),
-    ("onnx", "fast"): Recipe("fast", (Rule("dynamic", ("linear",)), Rule("static", ("conv",)), Rule("weight"))),
+    ("onnx", "fast"): Recipe(
+        "fast",
+        (
+            Rule("dynamic", ("linear",)),
+            Rule("weight", ("conv",), r"stem\..*"),
+            Rule("static", ("conv",)),
+            Rule("weight"),
+        ),
+    ),
     ("onnx", "small"): Recipe("small", (Rule("weight"),)),
     ("tflite", "accurate"): Recipe("accurate", (Rule("static", ("linear", "conv", "conv1x1")), Rule("weight"))),
     ("tflite", "fast"): Recipe(
