@@ -78,7 +78,7 @@ TFLITE_DYNAMIC_8 = Tolerance(
     24, 0.15, 0.99, 0.05, "weights and inputs of products have 8 bits: 27.8 dB", 0.3, 0.02, 0.1
 )
 TFLITE_STATIC_8 = Tolerance(
-    20, 0.25, 0.99, 0.1, "weights and activations have 8 bits: 23.8 dB, and 0.54 of what the input changes, on the tiny "
+    20, 0.25, 0.99, 0.1, "weights and activations have 8 bits: 23.8 dB, 0.54 of what the input changes, on the tiny "
     "network; on held-out digits the top class's probability changes by up to 0.11", 0.8, 0.02, 0.2
 )
 TFLITE_STATIC_16 = Tolerance(
