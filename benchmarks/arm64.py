@@ -134,8 +134,8 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def python_command(root: Path, arguments: Sequence[str]) -> list[str]:
-    # -S: Debian's site module would add folders of this machine to the path.
-    return emulated(root, str(root / f"usr/bin/python{PYTHON}"), "-s", "-S", *arguments)
+    # -s: the packages in the user's own site folder are for this machine.
+    return emulated(root, str(root / f"usr/bin/python{PYTHON}"), "-s", *arguments)
 
 
 def read_versions(root: Path) -> dict[str, Any] | None:

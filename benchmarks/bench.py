@@ -206,9 +206,7 @@ def figures(probe: Probe | PhoneProbe, series: Series) -> dict[str, Any]:
 def unsettled(series: Series) -> str:
     low, high = median_interval(series.rounds)
     width = 50 * (high - low) / series.median
-    return (
-        f"the median is known to within {width:.1f} % only: the time budget ended; a quieter machine or --budget helps"
-    )
+    return f"the time budget ended before the median settled: it is known to within {width:.1f} % only"
 
 
 def ratio_row(series: Series, base: Series, base_row: Mapping[str, Any]) -> dict[str, Any]:

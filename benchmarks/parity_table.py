@@ -1,7 +1,7 @@
 """The README's result table: every variant, format and precision exported and checked, as Markdown.
 
-Weights are random, seed 0, with random BatchNorm statistics and biases, since an untrained network's are trivial and
-would hide faults. Ends with one JSON line.
+Weights are random, seed 0, BatchNorm statistics and biases too, since an untrained network's are trivial and would hide
+faults; and so wide that the outputs depend on the input. Ends with one JSON line.
 
     python -m mvit_export.benchmarks.parity_table [FOLDER]
 """
@@ -14,10 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from mvit_export import export, load_model, save_weights
+from mvit_export.benchmarks.random_weights import randomize
 from mvit_export.models.load import VARIANT_NAMES
 from mvit_export.models.mobilevit import create_mobilevit
 from mvit_export.preprocessing import FAMILY_PREPROCESSING
@@ -26,23 +24,10 @@ COLUMNS = ("variant", "format", "precision", "size", "PSNR", "max error / scale"
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
-def stir(model: nn.Module) -> None:
-    """Random statistics and biases, in place."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("running_var"):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-            elif name.endswith(("running_mean", "bias")):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
-
-
 def rows(folder: Path) -> list[dict[str, Any]]:
     found = []
     for variant in VARIANT_NAMES:
-        torch.manual_seed(0)
-        model = create_mobilevit(variant)
-        stir(model)
+        model = randomize(create_mobilevit(variant))
         weights = folder / f"{variant}.safetensors"
         save_weights(model, weights, preprocessing=FAMILY_PREPROCESSING["hf"])
         for result in export(load_model(weights=weights), precision=["fp32", "fp16"], out=folder, overwrite=True):

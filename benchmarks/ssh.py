@@ -8,6 +8,7 @@ still runs in our name there and removes the folder. Nothing needs sftp, and not
 from __future__ import annotations
 
 import os
+import secrets
 import selectors
 import shlex
 import shutil
@@ -76,7 +77,8 @@ class Ssh(Device):
         if shutil.which("ssh") is None:
             raise DeviceError("ssh is not on the path; install OpenSSH's client, e.g. apt-get install openssh-client")
         # In /tmp by name: a socket's path may have 100 characters, which a deep TMPDIR leaves no room for.
-        self._control = tempfile.TemporaryDirectory(prefix="mvit-", dir="/tmp", ignore_cleanup_errors=True)
+        # The connection takes it away when it ends, which it does even if we are killed.
+        self._socket = Path(f"/tmp/mvit-export-{secrets.token_hex(8)}")
         self._complaints = tempfile.TemporaryFile()
         self._keeper = subprocess.Popen(
             self._ssh(CHECK.format(python=shlex.quote(self.python)) + KEEPER, master=True),
@@ -111,7 +113,7 @@ class Ssh(Device):
             self._keeper.wait()
         self._keeper.stdout.close()
         self._complaints.close()
-        self._control.cleanup()
+        self._socket.unlink(missing_ok=True)
 
     def _read_scratch(self) -> str:
         """Wait for the keeper's line, whatever a login script prints before it; empty where Python is missing."""
@@ -204,7 +206,7 @@ class Ssh(Device):
         options = {
             **OPTIONS,
             "ControlMaster": "yes" if master else "no",
-            "ControlPath": os.path.join(self._control.name, "socket"),
+            "ControlPath": str(self._socket),
         }
         words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         return ["ssh", *words, *self.options, "-aTx", "--", self.host, f"exec sh -c {shlex.quote(script)}"]

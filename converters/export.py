@@ -35,7 +35,7 @@ from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.converters.recipes import find_recipe, recipe_name
 from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
-from mvit_export.formats import CALIBRATED, FORMATS, Target, check_installed, check_size_count, plan_targets
+from mvit_export.formats import CALIBRATED, FORMATS, FULL, Target, check_installed, check_size_count, plan_targets
 from mvit_export.models.load import LoadedModel, rebuild_model
 from mvit_export.runtimes import open_torch
 from mvit_export.staging import check_free, staged_directory
@@ -103,7 +103,7 @@ def export(
     for target in targets:
         if on_step:
             on_step(target, "convert")
-        learned = ranges if target.precision in CALIBRATED else None
+        learned = ranges if target.precision not in FULL else None
         conversion = Conversion(model, folded, target, recipe=recipes[target], calibration=learned)
         artifact = write_artifact(conversion, folder / target.name, overwrite=overwrite)
         if on_step and verify:
@@ -130,11 +130,13 @@ def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
 def find_calibration(
     model: LoadedModel, targets: Sequence[Target], path: str | Path | None, method: str
 ) -> Calibration | None:
-    """Open what static targets calibrate on, and read it once, so that bad data is told before any work."""
-    static = [target for target in targets if target.precision in CALIBRATED]
-    if not static:
-        if path is not None:
-            raise UsageError(f"--calibration is for --precision {', '.join(CALIBRATED)}, which find ranges by it")
+    """Open what static targets calibrate on, and read it once, so that bad data is told before any work.
+
+    Others that lose bits need none, and are checked on its pictures where it is given.
+    """
+    if path is not None and all(target.precision in FULL for target in targets):
+        raise UsageError(f"--calibration is for precisions that lose bits, not for {', '.join(FULL)}; leave it out")
+    if path is None and not any(target.precision in CALIBRATED for target in targets):
         return None
     found = open_calibration(
         path, method=method, preprocessing=model.preprocessing, size=model.input_shapes[0][2:4],  # type: ignore[arg-type]
@@ -215,7 +217,9 @@ def describe_quantization(conversion: Conversion) -> dict[str, Any] | None:
 
 def calibration_cases(conversion: Conversion, manifest: Manifest) -> list[Case]:
     """Some of the calibration's inputs, evenly over all of them."""
-    inputs = list(itertools.islice(conversion.calibration_inputs(), 0, None, 16))[:GOLDEN_SAMPLES]
+    assert conversion.calibration is not None
+    step = max(1, conversion.calibration.count // GOLDEN_SAMPLES)
+    inputs = itertools.islice(conversion.calibration_inputs(), 0, step * GOLDEN_SAMPLES, step)
     return [stored_case(f"sample-{index}", array, manifest) for index, array in enumerate(inputs)]
 
 

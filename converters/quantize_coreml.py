@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mvit_export.converters.capture import Conversion
-from mvit_export.converters.ranges import find_limits
+from mvit_export.converters.ranges import learn_ranges
 from mvit_export.errors import ConversionError, UsageError
 from mvit_export.mil import load
 from mvit_export.recipes import KINDS, NAMED, Recipe, everything
@@ -311,12 +311,13 @@ def measure_scales(mlmodel: Any, conversion: Conversion, values: set[str]) -> di
     (feature,) = program.inputs.values()
     batch = feature.shapes[0][0]
 
-    def runs() -> Iterator[tuple[str, np.ndarray]]:
+    def passes() -> Iterator[dict[str, np.ndarray]]:
         for array in conversion.calibration_inputs():
             inputs = {feature.name: np.repeat(array, batch, axis=0)}
-            yield from ((name, t.numpy()) for _, name, t in program.intermediates(**inputs) if name in values)
+            yield {name: t.numpy() for _, name, t in program.intermediates(**inputs) if name in values}
 
-    limits = find_limits(runs, conversion.calibration.method)
+    ranges = learn_ranges(passes, conversion.calibration.method)
+    limits = {name: max(-low, high) for name, (low, high) in ranges.items()}
     if missing := sorted(values - limits.keys()):
         raise ConversionError(f"{missing[0]} is no result of an op, so its range cannot be measured; keep it float")
     return {name: np.float16(max(limit / 127, SMALLEST_SCALE)) for name, limit in limits.items()}

@@ -1,56 +1,110 @@
-"""Where to cut a range of activations: the largest absolute value that int8 is to hold.
+"""The ranges of activations, learned from calibration: minmax, percentile, entropy.
 
-minmax keeps every value; percentile drops the outermost hundredth of a percent; entropy takes the cut whose int8
-histogram is nearest to the whole one by KL divergence (Migacz, 8-bit inference with TensorRT, 2017).
+minmax needs one pass over the calibration's inputs. The others need a second, which counts every tensor's values in a
+histogram between its extremes; so memory does not grow with the number of inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-BINS = 2048  # of each histogram of absolute values
-LEVELS = 128  # that int8 has for them
-KEPT = 0.9999  # of all values, by the percentile
+from mvit_export.errors import ConversionError
 
-Runs = Callable[[], Iterator[tuple[str, np.ndarray]]]  # every call gives the same (name, tensor) anew
+BINS = 2048
+LEVELS = 256  # of int8
+CLIPPED = 1e-4  # percentile: the share of values that may lie outside, half of it at each end
+STEPS = 64  # entropy: how many places are tried for each end
+EMPTY = 1e-9  # entropy: the probability of a value where none was seen
+
+Range = tuple[float, float]
+Key = TypeVar("Key", bound=Hashable)  # a tensor's name or index
 
 
-def find_limits(runs: Runs, method: str) -> dict[str, float]:
-    """The cut of every named tensor. `method` is one of calibration.METHODS."""
-    largest: dict[str, float] = {}
-    for name, values in runs():
-        largest[name] = max(largest.get(name, 0.0), float(np.abs(values).max()))
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """How many values lie in each of BINS equal parts of [low, high]."""
+
+    low: float
+    high: float
+    counts: np.ndarray
+
+    def edge(self, index: int) -> float:
+        return self.low + (self.high - self.low) * index / BINS
+
+
+def learn_ranges(passes: Callable[[], Iterator[Mapping[Key, np.ndarray]]], method: str) -> dict[Key, Range]:
+    """The range of each tensor by one of `calibration.METHODS`; zero always lies in it.
+
+    Every call of `passes` runs all inputs anew and gives the tensors of each.
+
+    Raises ConversionError for NaN or Inf, which has no range.
+    """
+    extremes = find_extremes(passes())
     if method == "minmax":
-        return largest
-    cut = {"percentile": cut_percentile, "entropy": cut_entropy}[method]
-    histograms = {name: np.zeros(BINS) for name in largest}
-    for name, values in runs():
-        histograms[name] += np.histogram(np.abs(values), BINS, (0.0, largest[name] or 1.0))[0]
-    return {name: largest[name] * cut(counts) / BINS for name, counts in histograms.items()}
+        return {name: with_zero(bounds) for name, bounds in extremes.items()}
+    choose = {"percentile": percentile, "entropy": entropy}[method]
+    return {name: with_zero(choose(histogram)) for name, histogram in count_values(passes(), extremes).items()}
 
 
-def cut_percentile(counts: np.ndarray) -> int:
-    """How many bins hold the share KEPT."""
-    return int(np.searchsorted(np.cumsum(counts), KEPT * counts.sum())) + 1
+def with_zero(bounds: Range) -> Range:
+    """Zero is what padding adds and what ReLU cuts at: it must be exact."""
+    return min(bounds[0], 0.0), max(bounds[1], 0.0)
 
 
-def cut_entropy(counts: np.ndarray) -> int:
-    """How many bins to keep."""
-    candidates = range(LEVELS, len(counts) + 1, LEVELS // 8)
-    return min(candidates, key=lambda kept: divergence(counts, kept))
+def find_extremes(runs: Iterator[Mapping[Key, np.ndarray]]) -> dict[Key, Range]:
+    found: dict[Key, Range] = {}
+    for tensors in runs:
+        for name, array in tensors.items():
+            low, high = float(array.min()), float(array.max())
+            if not np.isfinite([low, high]).all():
+                raise ConversionError("calibration meets NaN or Inf in the network: int8 has no range for it")
+            before = found.get(name, (low, high))
+            found[name] = min(low, before[0]), max(high, before[1])
+    return found
 
 
-def divergence(counts: np.ndarray, kept: int) -> float:
-    """KL of the histogram, what lies beyond the cut added to its last bin, from what LEVELS steps make of it."""
-    inside = counts[:kept]
-    p = inside.copy()
-    p[-1] += counts[kept:].sum()
-    step = np.arange(kept) * LEVELS // kept
-    filled = inside > 0
-    share = np.bincount(step, inside, LEVELS) / np.maximum(np.bincount(step, filled, LEVELS), 1)
-    q = np.where(filled, share[step], 0.0)
-    p, q = p / max(p.sum(), 1.0), q / max(q.sum(), 1.0)
-    seen = p > 0
-    return float((p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-9))).sum())
+def count_values(runs: Iterator[Mapping[Key, np.ndarray]], extremes: Mapping[Key, Range]) -> dict[Key, Histogram]:
+    found = {name: Histogram(*bounds, np.zeros(BINS, np.int64)) for name, bounds in extremes.items()}
+    for tensors in runs:
+        for name, array in tensors.items():
+            histogram = found[name]
+            counts, _ = np.histogram(array, BINS, (histogram.low, histogram.high))
+            histogram.counts[:] += counts
+    return found
+
+
+def percentile(histogram: Histogram) -> Range:
+    """The range without the outermost values, CLIPPED of them in all."""
+    share = np.cumsum(histogram.counts) / histogram.counts.sum()
+    first = int(np.searchsorted(share, CLIPPED / 2, side="right"))
+    last = int(np.searchsorted(share, 1 - CLIPPED / 2))
+    return histogram.edge(first), histogram.edge(last + 1)
+
+
+def entropy(histogram: Histogram) -> Range:
+    """The range whose 256 levels tell most of the distribution: first the upper end is chosen, then the lower one."""
+    steps = np.unique(np.linspace(LEVELS // 2, BINS, STEPS).astype(int))
+    upper = min(steps, key=lambda end: divergence(histogram.counts, 0, end))
+    lower = min(BINS - steps, key=lambda start: divergence(histogram.counts, start, upper) if start < upper else np.inf)
+    return histogram.edge(int(lower)), histogram.edge(int(upper))
+
+
+def divergence(counts: np.ndarray, start: int, end: int) -> float:
+    """KL, in nats, between the values cut to the bins from `start` to `end` and the same in LEVELS levels.
+
+    The method of TensorRT's calibration: what lies outside is counted in the outermost bins, but no level knows of it;
+    each level spreads its values over those of its bins that have any.
+    """
+    inside = counts[start:end].astype(np.float64)
+    cut = inside.copy()
+    cut[0] += counts[:start].sum()
+    cut[-1] += counts[end:].sum()
+    level = np.arange(len(inside)) * LEVELS // len(inside)
+    seen = cut > 0
+    mean = np.bincount(level, inside) / np.maximum(np.bincount(level, seen), 1)
+    p, q = cut[seen] / cut.sum(), np.maximum(mean[level][seen] / max(inside.sum(), 1), EMPTY)
+    return float((p * np.log(p / q)).sum())

@@ -1,29 +1,12 @@
-"""The recipes that int8 comes with, for each format: what measured best, and where it was measured."""
+"""Which recipe a target gets: a named one of its format, or a user's file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mvit_export.formats import WITH_RECIPE, Target, choose
-from mvit_export.recipes import NAMED, Recipe, Rule, read_recipe
-
-RECIPES: dict[tuple[str, str], Recipe] = {
-    ("onnx", "accurate"): Recipe("accurate", (Rule("dynamic", ("linear",)), Rule("weight"))),
-    ("onnx", "fast"): Recipe("fast", (Rule("dynamic", ("linear",)), Rule("static", ("conv",)), Rule("weight"))),
-    ("onnx", "small"): Recipe("small", (Rule("weight"),)),
-    ("tflite", "accurate"): Recipe("accurate", (Rule("static", ("linear", "conv", "conv1x1")), Rule("weight"))),
-    ("tflite", "fast"): Recipe(
-        "fast", (Rule("static", ("linear", "conv", "conv1x1", "depthwise", "activation")), Rule("weight"))
-    ),
-    ("tflite", "small"): Recipe("small", (Rule("weight"),)),
-    ("coreml", "accurate"): Recipe("accurate", (Rule("static", ("linear", "conv", "conv1x1")), Rule("weight"))),
-    ("coreml", "fast"): Recipe(
-        "fast",
-        (Rule("static", ("linear", "conv", "conv1x1", "depthwise", "attention")), Rule("weight")),
-        "speed not measured: that takes a device; fewer values leave int8 between ops",
-    ),
-    ("coreml", "small"): Recipe("small", (Rule("weight"),)),
-}
+from mvit_export.named_recipes import RECIPES
+from mvit_export.recipes import NAMED, Recipe, read_recipe
 
 
 def recipe_name(recipe: str | Path) -> str:

@@ -1,6 +1,6 @@
 """PyTorch -> ONNX through torch.onnx's dynamo exporter: one self-contained file, checked by onnx.checker.
 
-fp16: weights and arithmetic in half precision, inputs and outputs in float32.
+fp16: weights and arithmetic in half precision, inputs and outputs in float32. Fewer bits: quantize_onnx.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mvit_export.converters.capture import (
     baked_preprocessing,
     example_input,
 )
+from mvit_export.converters.quantize_onnx import quantize
 from mvit_export.errors import ConversionError, require
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # the PyTorch modules that a node came from, outermost first
@@ -48,6 +49,8 @@ def convert(conversion: Conversion, path: Path) -> str:
     model = program.model_proto
     check_opset(model, target.opset)
     strip_traces(model)
+    if target.precision not in ("fp32", "fp16"):
+        quantize(model, conversion)
     describe(model, conversion)
     onnx.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)

@@ -1,7 +1,7 @@
 """PyTorch -> TFLite through litert-torch.
 
 fp16: weights stored in half precision (ai-edge-quantizer's float casting), arithmetic as the delegate has it: fp32 on
-CPUs, fp16 on GPUs.
+CPUs, fp16 on GPUs. Fewer bits: quantize_tflite.py.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from mvit_export.converters.capture import (
     baked_preprocessing,
     example_input,
 )
+from mvit_export.converters.quantize_tflite import check_recipe, quantize
 from mvit_export.errors import require
 
 
 def convert(conversion: Conversion, path: Path) -> str:
     """Write the TFLite file `path`."""
     litert_torch = require("litert_torch", extra="tflite", purpose="to write TFLite files")
+    if conversion.recipe is not None:
+        check_recipe(conversion.recipe)
     module = Exportable(conversion.module, preprocessing=baked_preprocessing(conversion))
     with torch.no_grad():
         edge_model = litert_torch.convert(module, sample_kwargs={INPUT_NAME: example_input(conversion)})
     edge_model.export(str(path))
     if conversion.target.precision == "fp16":
         cast_weights(path)
+    elif conversion.target.precision != "fp32":
+        quantize(path, conversion)
     describe(path, conversion)
     return TORCH_EXPORT
 

@@ -32,6 +32,7 @@ class Calibration:
     reading: Reading | None  # None: seeded noise
     preprocessing: Preprocessing
     warnings: list[str] = field(default_factory=list)
+    count: int = 0  # readable pictures, known after `check`
 
     def pictures(self) -> Iterator[np.ndarray]:
         """uint8 RGB (1, H, W, 3), what a file with `--input image` takes."""
@@ -61,11 +62,15 @@ class Calibration:
         self.warnings = [w for w in (self.reading.warning if self.reading else None,) if w]
         if count < FEW and self.reading is not None:
             self.warnings.append(f"only {count} calibration pictures: ranges may be too narrow; 100 are plenty")
+        self.count = count
         return count
 
     def to_json(self) -> dict[str, Any]:
-        skipped = len(self.reading.skipped) if self.reading else 0
-        return {"source": self.source, "method": self.method, "pictures": self.check(), "skipped": skipped}
+        count, skipped = self.check(), len(self.reading.skipped) if self.reading else 0
+        return {
+            "source": self.source, "method": self.method, "pictures": count, "skipped": skipped,
+            "warnings": list(self.warnings),
+        }  # fmt: skip
 
 
 def open_calibration(

@@ -25,6 +25,7 @@ from mvit_export.cli_base import (
 )
 from mvit_export.cli_bench import bench
 from mvit_export.cli_eval import evaluate
+from mvit_export.cli_tune import tune
 from mvit_export.errors import UsageError
 from mvit_export.terminal import Terminal, megabytes, status_text
 
@@ -85,6 +86,7 @@ def export(
     variant: Annotated[str | None, typer.Option(help="MobileViT variant: xxs, xs or s.")] = None,
     model: Annotated[str | None, typer.Option(help="Another model: FILE.py:FACTORY or timm:NAME.")] = None,
     weights: Annotated[str | None, typer.Option(help="Checkpoint: FILE, folder, hf:ID or timm:ID.")] = None,
+    like: Annotated[Path | None, typer.Option(help="An artifact whose model is exported again.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Use the official weights.")] = False,
     num_classes: Annotated[int | None, typer.Option(help="Classes of an untrained MobileViT (1000).")] = None,
     image_size: Annotated[
@@ -103,7 +105,8 @@ def export(
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="ONNX: take any batch size.")] = False,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS15 to iOS26 (iOS16).")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Pictures for int8 and int16: a folder, or .npz with images.")
+        Path | None,
+        typer.Option(help="Pictures for int8 and int16, and to check other few-bit files on: a folder or .npz."),
     ] = None,
     calibration_method: Annotated[str, typer.Option(help="Ranges by minmax, percentile or entropy.")] = "minmax",
     recipe: Annotated[str | None, typer.Option(help="For int8: accurate, fast, small or FILE.toml (accurate).")] = None,
@@ -132,17 +135,28 @@ def export(
         import mvit_export
 
         with terminal.progress("loading the model") as step:
-            loaded = mvit_export.load_model(
-                variant, model=model, weights=weights, pretrained=pretrained, num_classes=num_classes,
-                patch_config=patch_config, image_size=image_size or None, labels=labels, seed=seed,
-                input_shape=parse_shape(input_shape) if input_shape else None,
-            )  # fmt: skip
+            chosen = {
+                "variant": variant, "model": model, "weights": weights, "pretrained": pretrained,
+                "num_classes": num_classes, "patch_config": patch_config, "image_size": image_size or None,
+                "labels": labels, "input_shape": parse_shape(input_shape) if input_shape else None,
+            }  # fmt: skip
+            loaded = load_again(like, chosen) if like else mvit_export.load_model(**chosen, seed=seed)  # type: ignore[arg-type]
             results = mvit_export.export(
                 loaded, **conversion, out=out, overwrite=overwrite, verify=verify, recipe=recipe,
                 calibration=calibration, calibration_method=calibration_method,
                 on_step=lambda target, what: step(f"{what} {target.name} ({targets.index(target) + 1}/{len(targets)})"),
             )  # fmt: skip
         finish_export(terminal, loaded, results)
+
+
+def load_again(like: Path, chosen: dict[str, Any]) -> Any:
+    """The model of an artifact, unless options ask for another one."""
+    from mvit_export.models.load import load_like
+
+    given = [f"--{name.replace('_', '-')}" for name, value in chosen.items() if value]
+    if given:
+        raise UsageError(f"--like takes model, weights and sizes from {like}; leave out {', '.join(given)}")
+    return load_like(like)
 
 
 def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
@@ -171,6 +185,8 @@ def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
         if not result.verdicts:
             terminal.print(status_text(NOT_RUN), f"{path}  {size}  --no-verify was given")
         verdicts += result.verdicts
+    for warning in dict.fromkeys(w for result in results for w in calibration_warnings(result.artifact.manifest)):
+        terminal.print(f"note    calibration: {warning}")
     status = overall_status(verdicts)
     folder = results[0].artifact.path.parent
     terminal.print(f"Next:  mvit-export verify {folder}")
@@ -178,6 +194,10 @@ def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
     terminal.print_json({"status": status, "model": info.name, "trained": loaded.weights.trained, "artifacts": rows})
     # Verification that the user declined is no check asked for and missed.
     raise typer.Exit(EXIT_CODES[status if verdicts else PASS])
+
+
+def calibration_warnings(manifest: Any) -> list[str]:
+    return ((manifest.quantization or {}).get("calibration") or {}).get("warnings", [])
 
 
 @app.command()
@@ -330,6 +350,7 @@ def doctor(
 
 
 app.command()(bench)
+app.command()(tune)
 app.command("eval")(evaluate)
 
 

@@ -44,8 +44,10 @@ FORMATS = {
 }
 # fmt: on
 CALIBRATED = ("int8", "int16")  # static: the ranges of activations come from calibration
+FULL = ("fp32", "fp16")  # the others lose bits, and may be checked on calibration pictures
 WITH_RECIPE = ("int8",)  # whose parts a recipe chooses
 OPSETS = (18, 19, 20, 21, 22, 23)
+OPSET_LEAST = {"int4-weight": 21}  # which brought 4-bit tensors
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18", "iOS26")
 # coremltools: linear constants came with iOS16, int8 activations with 17, blocks of 4 bits and scaled palettes with 18.
 DEPLOYMENT_LEAST = {
@@ -130,13 +132,21 @@ def plan_targets(
                     fmt.name,
                     p,
                     input,
-                    opset=(opset or OPSETS[0]) if fmt.name == "onnx" else None,
+                    opset=choose_opset(opset, p) if fmt.name == "onnx" else None,
                     dynamic_batch=dynamic_batch and fmt.name == "onnx",
                     deployment_target=choose_deployment(deployment_target, p) if fmt.name == "coreml" else None,
                     recipe=(recipe or DEFAULT_RECIPE) if p in WITH_RECIPE else None,
                 )
             )
     return tuple(targets)
+
+
+def choose_opset(asked: int | None, precision: str) -> int:
+    """The opset that was asked for, else the oldest that has the precision's tensors. Refuses an older one."""
+    least = OPSET_LEAST.get(precision, OPSETS[0])
+    if asked is not None and asked < least:
+        raise UsageError(f"--opset {asked} has no {precision}, expected {least} or later")
+    return asked or least
 
 
 def choose_deployment(asked: str | None, precision: str) -> str:

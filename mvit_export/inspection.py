@@ -72,11 +72,14 @@ def read_tflite(path: Path) -> dict[str, Any]:
     require("ai_edge_litert", extra="tflite", purpose="to inspect TFLite files")
     from ai_edge_litert.tools import flatbuffer_utils
 
+    from mvit_export.tflite_graph import count_uses, read_graph
+
     model = flatbuffer_utils.read_model(str(path))
     names = [flatbuffer_utils.opcode_to_name(model, index) for index in range(len(model.operatorCodes))]
     operators = Counter(names[op.opcodeIndex] for graph in model.subgraphs for op in graph.operators)
     details = {"schema_version": model.version, "flex_operators": sum(n.startswith("Flex") for n in operators)}
-    return _contents(details, operators)
+    uses = {f"{use}_operators": count for use, count in count_uses(read_graph(path)).items()}
+    return _contents(details | uses, operators)
 
 
 def read_coreml(path: Path) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from mvit_export.artifact import (
 )
 from mvit_export.cases import make_cases, stored_case
 from mvit_export.errors import ArtifactError, MvitExportError, RuntimeUnavailable, UsageError, first_line
-from mvit_export.formats import CALIBRATED
 from mvit_export.locate import Located, locate
 from mvit_export.metrics import FLOAT32_UNIT, Metrics, measure, worst
 from mvit_export.runtimes import Arrays, Overflow, Session, open_torch, openers
@@ -260,13 +259,13 @@ def _golden_pairs(artifact: Artifact) -> list[Pair]:
 
 
 def _reference_pairs(artifact: Artifact, weights: str | Path | None) -> list[Pair]:
-    """A calibrated file promises nothing on inputs unlike its calibration's, so it is fed the stored ones of these."""
+    """A file of few bits promises little on inputs unlike its calibration's, so it is fed the stored ones of these."""
     from mvit_export.models.load import rebuild_model
 
     manifest = artifact.manifest
     reference = open_torch(rebuild_model(manifest, weights=weights).module)
     cases = make_cases(manifest)
-    if manifest.precision in CALIBRATED:
+    if manifest.quantization and manifest.quantization.get("calibration"):
         stored = load_golden(artifact)
         cases = [stored_case(name, tensors[manifest.inputs[0].name], manifest) for name, tensors in stored.items()]
     return [(case.name, case.artifact_input, reference.run(case.model_input)) for case in cases]

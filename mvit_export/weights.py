@@ -212,9 +212,20 @@ def save_weights(
     }
     metadata = {OURS: json.dumps(data), "format": "pt"}
     try:
-        write_whole(path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}, metadata))
+        content = safetensors.torch.save({k: v.contiguous() for k, v in state.items()}, metadata)
+        write_whole(path, with_sorted_header(content))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written ({error.strerror or error}): check the folder") from error
+
+
+def with_sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: the library's own order changes from call to call."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def load_strict(module: nn.Module, path: str | Path) -> str:

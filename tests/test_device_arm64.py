@@ -154,7 +154,9 @@ def test_arm_kernels_add_up_in_fp16(check: Callable[[Path], ParityResult], copy:
     assert here.metrics.psnr_db - 25 < there.metrics.psnr_db < here.metrics.psnr_db - 6
 
 
-def test_nothing_of_this_machine_leaks_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_this_machine_leaks_in(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".local/lib/python3.11/site-packages").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setenv("LD_PRELOAD", "/elsewhere.so")
     python = str(root / "usr/bin/python3.11")

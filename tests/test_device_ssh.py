@@ -40,6 +40,7 @@ from mvit_export.parity import ParityResult, verify
 
 pytestmark = [pytest.mark.slow, *NEEDS_TFLITE_RUNTIME]
 PATIENCE = 10.0  # seconds for the far end to notice and clean up
+NAP = f"98765.{os.getpid()}"  # seconds to sleep, told from other runs' by the fraction
 ODD_NAMES = ("plain.bin", "with space.bin", 'quote\'s "$(touch x)" `y` \\.bin', "-rf", "ümlaut-日本.bin", "a/b/c.bin")
 
 
@@ -219,9 +220,9 @@ def test_files_of_any_name_and_content_go_there_and_back(box: Callable[..., Ssh]
         device.get("empty", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == b""
         assert Path(device.scratch).stat().st_mode & 0o077 == 0
-        control = Path(device._control.name)
+        assert device._socket.stat().st_mode & 0o077 == 0
     assert not Path(device.scratch).exists()
-    assert not control.exists()
+    assert not device._socket.exists()
 
 
 def test_a_folder_goes_there_whole(box: Callable[..., Ssh], tmp_path: Path) -> None:
@@ -358,11 +359,24 @@ def test_hosts_that_do_not_let_us_in(
     with pytest.raises(DeviceError, match=rf"^ssh:box {message}") as error, device:
         pass
     assert "\n" not in str(error.value)
-    assert not Path(device._control.name).exists()
+    assert not device._socket.exists()
+
+
+def test_nothing_prompts(box: Callable[..., Ssh], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even through a desktop's dialogue, which ssh turns to where it has no terminal."""
+    askpass = tmp_path / "askpass"
+    askpass.write_text(f"#!/bin/sh\ntouch {tmp_path / 'asked'}\n")
+    askpass.chmod(0o755)
+    monkeypatch.setenv("SSH_ASKPASS", str(askpass))
+    monkeypatch.setenv("SSH_ASKPASS_REQUIRE", "force")
+    with pytest.raises(DeviceError, match=r"its host key is not known here"):
+        box(UserKnownHostsFile="/dev/null").__enter__()
+    assert not (tmp_path / "asked").exists()
 
 
 def test_a_host_that_does_not_answer(box: Callable[..., Ssh], monkeypatch: pytest.MonkeyPatch) -> None:
     """A port that takes connections and says nothing."""
+    assert int(ssh.OPTIONS["ConnectTimeout"]) <= 15
     monkeypatch.setitem(ssh.OPTIONS, "ConnectTimeout", "1")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -407,9 +421,9 @@ def test_a_full_disk(box: Callable[..., Ssh], tmp_path: Path) -> None:
 def test_a_step_that_hangs_is_stopped_and_ended_there(box: Callable[..., Ssh]) -> None:
     with box() as device:
         with pytest.raises(DeviceError, match=r"^ssh:box: sleep did not end within 1 s and was stopped$"):
-            device.run(["sleep", "98765.1"], timeout=1)
-        assert running("98765.1"), "without a terminal sshd tells it nothing"
-    wait_for(lambda: not running("98765.1"), "the keeper ends it")
+            device.run(["sleep", NAP], timeout=1)
+        assert running(NAP), "without a terminal sshd tells it nothing"
+    wait_for(lambda: not running(NAP), "the keeper ends it")
 
 
 def test_a_runner_that_hangs_is_stopped_and_ended_there(box: Callable[..., Ssh], tmp_path: Path) -> None:
@@ -427,7 +441,7 @@ def test_a_runner_that_hangs_is_stopped_and_ended_there(box: Callable[..., Ssh],
 
 def test_a_connection_that_dies_half_way(box: Callable[..., Ssh], server: Server) -> None:
     with box() as device:
-        script = "import time\ntime.sleep(98765)"
+        script = f"import time\ntime.sleep({NAP})"
         stuck = device.start(["-c", script])
         wait_for(lambda: running(script), "it runs")
         server.drop()
@@ -463,21 +477,22 @@ def test_nothing_stays_where_we_are_killed(
         from mvit_export.benchmarks.ssh import Ssh
         device = Ssh("box", python={device_environment.python!r}, options=["-F", {str(server.client())!r}])
         with device:
-            device.start(["-c", "import time; time.sleep(4321)"])
-            print(device.scratch, flush=True)
+            device.start(["-c", "import time; time.sleep({NAP})"])
+            print(device.scratch, device._socket, flush=True)
             time.sleep(60)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
     )
     assert process.stdout
-    scratch = Path(process.stdout.readline().decode().strip())
-    wait_for(lambda: running("import time; time.sleep(4321)"), "the program runs")
-    assert scratch.is_dir()
+    scratch, socket = map(Path, process.stdout.readline().decode().split())
+    wait_for(lambda: running(f"import time; time.sleep({NAP})"), "the program runs")
+    assert scratch.is_dir() and socket.is_socket()
     process.send_signal(how)
     process.communicate()
     wait_for(lambda: not scratch.exists(), "the keeper removes the folder")
-    wait_for(lambda: not running("import time; time.sleep(4321)"), "the keeper ends the program")
+    wait_for(lambda: not running(f"import time; time.sleep({NAP})"), "the keeper ends the program")
+    wait_for(lambda: not socket.exists(), "the connection takes its socket away")
 
 
 @pytest.fixture
@@ -521,29 +536,31 @@ def test_a_copy_that_is_cut_short(forced: Callable[..., Ssh], tmp_path: Path) ->
 
 def test_a_link_that_goes_silent(box: Callable[..., Ssh], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a cable is pulled: nothing is closed, nothing arrives."""
+    assert int(ssh.OPTIONS["ServerAliveInterval"]) <= 5
     monkeypatch.setitem(ssh.OPTIONS, "ServerAliveInterval", "1")
     with box() as device:
         server.signal(signal.SIGSTOP)
         try:
             with pytest.raises(DeviceError, match=r"^ssh:box was lost while sleep: Timeout, server .* not responding"):
-                device.run(["sleep", "98765.2"], timeout=60)
+                device.run(["sleep", NAP], timeout=60)
         finally:
             server.signal(signal.SIGCONT)
-    wait_for(lambda: not running("98765.2"), "the keeper ends it")
+    wait_for(lambda: not running(NAP), "the keeper ends it")
 
 
 def test_settings_of_the_user_s_do_not_get_in_the_way(box: Callable[..., Ssh], server: Server, tmp_path: Path) -> None:
     (tmp_path / "sent").write_bytes(b"1\n2\r\n")
     settings = {
         "ControlMaster": "auto", "ControlPath": str(server.folder / "%C"), "ControlPersist": "yes", "LogLevel": "QUIET",
-        "RequestTTY": "force", "RemoteCommand": "bash -l", "LocalForward": f"{server.port} localhost:1",
+        "RequestTTY": "force", "RemoteCommand": "bash -l", "LocalForward": f"127.0.0.1:{server.port} localhost:1",
         "ExitOnForwardFailure": "yes", "StrictHostKeyChecking": "ask",
     }  # fmt: skip
     with box(**settings) as device:
         device.put(tmp_path / "sent", "sent")
         device.get("sent", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == b"1\n2\r\n", "no terminal is between"
-    assert not running(f"ControlPath={device._control.name}/socket"), "no connection stays behind"
+    everything = b"".join(command_of(int(process.name)) for process in Path("/proc").glob("[0-9]*"))
+    assert str(device._socket).encode() not in everything, "no connection stays behind"
     refused = pytest.raises(DeviceError, match=r"permission denied")
     with refused, box(**settings, IdentityFile=str(server.folder / "stranger_key")):
         pass

@@ -102,6 +102,7 @@ def test_extras(wheel: Path) -> None:
         "all",
         "coreml",
         "dev",
+        "examples",
         "hub",
         "onnx",
         "report",
@@ -203,7 +204,18 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["parity", "artifact", "runtimes", "cases", "preprocessing", "staging", "inspection", "report", "evaluation"],
+    [
+        "parity",
+        "artifact",
+        "runtimes",
+        "cases",
+        "preprocessing",
+        "staging",
+        "inspection",
+        "report",
+        "datasets",
+        "evaluation",
+    ],
 )
 def test_device_modules_import_numpy_at_most(module: str) -> None:
     """What a device without torch needs to verify."""

@@ -11,9 +11,10 @@ from conftest import TINY
 from PIL import Image
 
 from mvit_export.calibration import NOISE_PICTURES, open_calibration
-from mvit_export.converters.recipes import RECIPES, find_recipe, recipe_name
+from mvit_export.converters.recipes import find_recipe, recipe_name
 from mvit_export.errors import UsageError
 from mvit_export.formats import FORMATS, WITH_RECIPE, plan_targets
+from mvit_export.named_recipes import RECIPES
 from mvit_export.pictures import Reading, open_labelled, open_pictures, spread
 from mvit_export.preprocessing import Preprocessing, to_tensor
 from mvit_export.recipes import NAMED, Recipe, Rule, read_recipe, write_toml
@@ -220,7 +221,7 @@ def test_untrained_network_calibrates_on_seeded_noise():
 
 def test_calibration_for_a_precision_without_it_is_refused(cli, tmp_path):
     done = cli("--to", "onnx", "--model", TINY, "--calibration", tmp_path, "--out", tmp_path / "out")
-    assert done.code == 2 and "--calibration is for --precision int8, int16" in done.err
+    assert done.code == 2 and "--calibration is for precisions that lose bits" in done.err
 
 
 def test_manifest_keeps_recipe_and_calibration(cli, tmp_path):
@@ -230,5 +231,22 @@ def test_manifest_keeps_recipe_and_calibration(cli, tmp_path):
     manifest = json.loads((tmp_path / "out/tiny/onnx-int8-fast/manifest.json").read_text())
     assert manifest["quantization"]["recipe"]["name"] == "fast"
     assert manifest["quantization"]["calibration"] == {
-        "source": str(tmp_path / "data.npz"), "method": "minmax", "pictures": 20, "skipped": 0,
+        "source": str(tmp_path / "data.npz"), "method": "minmax", "pictures": 20, "skipped": 0, "warnings": [],
     }  # fmt: skip
+
+
+def test_skipped_pictures_are_told_to_the_user(cli, tmp_path):
+    for seed in range(9):
+        save(tmp_path / "data" / f"{seed}.png", seed)
+    (tmp_path / "data/broken.png").write_text("no picture")
+    done = export_int8(cli, tmp_path / "out", "--calibration", tmp_path / "data")
+    assert "1 unreadable pictures were left out, the first:" in done.out and "broken.png" in done.out
+
+
+def test_few_bit_weights_are_checked_on_the_pictures_that_are_given(cli, tmp_path):
+    for seed in range(9):
+        save(tmp_path / "data" / f"{seed}.png", seed)
+    arguments = ("--to", "onnx", "--model", TINY, "--precision", "int8-weight", "--out", tmp_path / "out", "--json")
+    assert cli(*arguments).json["artifacts"][0]["parity"][0]["inputs"] == 9  # the usual ones
+    given = cli(*arguments, "--overwrite", "--calibration", tmp_path / "data").json["artifacts"][0]["parity"][0]
+    assert given["inputs"] == 8 and given["worst_case"].startswith("sample-")

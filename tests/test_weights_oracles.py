@@ -354,6 +354,16 @@ def test_save_and_load(dtype: torch.dtype, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+def test_equal_networks_are_equal_files(tmp_path: Path) -> None:
+    model, preprocessing = create_mobilevit("xxs", num_classes=2), FAMILY_PREPROCESSING["timm"]
+    for name in "abcdef":
+        save_weights(model, tmp_path / name, preprocessing=preprocessing, labels=("Katze", "Hündin"))
+    first = (tmp_path / "a").read_bytes()
+    assert all((tmp_path / name).read_bytes() == first for name in "bcdef")
+    assert int.from_bytes(first[:8], "little") % 8 == 0
+    assert load_weights(str(tmp_path / "a")).labels == ("Katze", "Hündin")
+
+
 def test_own_file_without_metadata(tmp_path: Path) -> None:
     model = randomize(create_mobilevit("xxs", num_classes=5))
     save_file(model.state_dict(), tmp_path / "w.safetensors")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo
+from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo, find_artifacts, read_artifact
 from mvit_export.errors import ModelError, UsageError, WeightsError, require
 from mvit_export.formats import choose, parse_size
 from mvit_export.models.sources import (
@@ -106,6 +106,22 @@ def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> L
             f"{origin.state_sha256[:12]}…); pass --weights, or check with --against golden"
         )
     return replace(loaded, info=info, preprocessing=manifest.preprocessing, output_names=manifest.output_names)
+
+
+def load_like(path: str | Path) -> LoadedModel:
+    """The model that an artifact was exported from, with its weights, input shapes and labels, to export it again.
+
+    Raises MvitExportError where it cannot be rebuilt, as `rebuild_model` does.
+    """
+    place, *others = find_artifacts(path)
+    if others:
+        raise UsageError(f"{path} holds {1 + len(others)} artifacts, expected one whose model is to be exported again")
+    manifest = read_artifact(place).manifest
+    spec = manifest.inputs[0]
+    shapes = [tuple(side or 1 for side in shape) for shape in spec.enumerated or (spec.shape,)]
+    if spec.layout == "NHWC":
+        shapes = [(batch, channels, height, width) for batch, height, width, channels in shapes]
+    return replace(rebuild_model(manifest), input_shapes=tuple(shapes))
 
 
 def _load(

@@ -78,7 +78,7 @@ def latency_table(report: Report) -> Iterator[str]:
 
 
 def warning_list(report: Report) -> Iterator[str]:
-    found = [(row, warning) for row in report.measured for warning in words.warnings(row)]
+    found = [(row, warning) for row in report.measured for warning in row.warnings]
     if found:
         yield ""
     for row, warning in found:

@@ -96,7 +96,6 @@ class Latency:
     p99_ms: float | None
     min_ms: float | None
     samples_ms: tuple[float, ...]
-    settled: bool
     peak_rss_mb: float | None
     macs: float | None
     bytes: float | None
@@ -393,7 +392,6 @@ def read_latency(row: Fields, artifact: Artifact, label: str, environment: Mappi
         p99_ms=row.number("p99_ms"),
         min_ms=row.number("min_ms"),
         samples_ms=row.numbers("samples_ms"),
-        settled=row.get("settled") is not False,
         peak_rss_mb=row.number("peak_rss_mb"),
         macs=row.number("macs"),
         bytes=row.number("bytes"),

@@ -115,12 +115,6 @@ def remarks(verdict: Verdict) -> str:
     return "; ".join(text for text in (verdict.reason, verdict.note) if text)
 
 
-def warnings(row: Latency) -> tuple[str, ...]:
-    """The row's own, and one for a median that was cut short."""
-    cut = "the time budget ended before the median settled: its interval is wider than asked for"
-    return row.warnings if row.settled else (*row.warnings, cut)
-
-
 FACETS: Mapping[str, Callable[[Latency], str]] = {
     "runtime": lambda row: row.runtime or "unnamed runtime",
     "device": lambda row: row.device,
