@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -142,15 +144,40 @@ def test_changed_file_is_not_measured(cli, artifacts, tmp_path):
     assert done.code == 2 and "was changed after the export" in done.err
 
 
-def test_interrupted_bench_leaves_no_record(cli, artifacts, tmp_path):
+def telemetry_allowed(scratch):
+    """Variables under which ONNX Runtime would report, and write to `scratch`; CI alone would stop it."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    return {**kept, "TMPDIR": str(scratch)}
+
+
+def test_runner_lets_no_runtime_report_or_leave_files(artifacts, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(RUNNER)], stdin=-1, stdout=-1, stderr=-1, env=telemetry_allowed(tmp_path)
+    )
+    with Worker(process, where="local") as worker:
+        worker.ask("open", model=str(next(artifacts.glob("onnx*/*.onnx"))), runtime="onnxruntime", threads=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_bench_leaves_no_record(cli, artifacts, tmp_path, how):
     place = shutil.copytree(artifacts / "onnx-fp32", tmp_path / "onnx-fp32")
     (place / "latency.json").unlink(missing_ok=True)
     endless = ["--budget", "60", "--precision", "0.0001%"]
-    process = subprocess.Popen([sys.executable, "-m", "mvit_export", "bench", str(place), *endless])
-    time.sleep(4)
-    process.send_signal(2)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mvit_export", "bench", str(place), *endless],
+        env=telemetry_allowed(scratch),
+    )
+    while not list(scratch.glob("*/runner.py")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(how)
     assert process.wait(20) == 130
     assert not (place / "latency.json").exists()
+    assert not list(scratch.iterdir())
 
 
 # Baselines
