@@ -199,7 +199,7 @@ def choose_device(devices: dict[str, str], serial: str | None) -> str:
 
 def explain(complaint: str) -> str:
     """adb's own line, and what to do about it where that is known."""
-    line = printable(re.sub(r"^(adb: )?error: ", "", complaint.strip()), 200).rstrip(".")
+    line = printable(re.sub(r"^(adb: )?error: ", "", complaint.strip()), 500).rstrip(".")
     if "No space left" in line:
         return f"{line}; free some storage on the phone"
     if "unauthorized" in line:

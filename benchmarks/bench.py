@@ -14,11 +14,12 @@ from mvit_export.benchmarks.adb import Adb
 from mvit_export.benchmarks.baseline import Baseline
 from mvit_export.benchmarks.devices import Device, open_device
 from mvit_export.benchmarks.phone import PhoneProbe
-from mvit_export.benchmarks.probe import Probe
+from mvit_export.benchmarks.probe import Probe, start_runner
 from mvit_export.benchmarks.roofline import Roofline, measure_roofline
 from mvit_export.benchmarks.settings import Setting, plan_settings
-from mvit_export.benchmarks.timing import Plan, Series, measure, median_interval, ratio
-from mvit_export.errors import ArtifactError, DeviceError, MissingDependencyError, RuntimeUnavailable
+from mvit_export.benchmarks.timing import FEWEST_ROUNDS, Plan, Series, measure, median_interval, ratio
+from mvit_export.benchmarks.worker import START_TIMEOUT, RunError
+from mvit_export.errors import ArtifactError, DeviceError, MissingDependencyError, RuntimeUnavailable, UsageError
 from mvit_export.formats import parse_size
 
 MEASURED, NOT_RUN = "measured", "not-run"
@@ -47,7 +48,7 @@ def run_bench(
     *,
     runtimes: Sequence[str] = (),
     threads: Sequence[int] = (1,),
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int] = (),
     sizes: Sequence[str] = (),
     device: str = "local",
     device_python: str | None = None,
@@ -61,9 +62,10 @@ def run_bench(
     Raises DeviceError where the device gives no latency.
     """
     reference = Baseline.read(baseline, max_slowdown)
-    beside = reference.artifacts if reference else ()
-    places = dict.fromkeys(place for path in [*beside, *paths] for place in find_artifacts(path))
-    artifacts = [read_artifact(place) for place in places]
+    places: dict[Path, Path] = {}  # each once, by whatever names it was given
+    for place in [*(reference.artifacts if reference else ()), *(p for path in paths for p in find_artifacts(path))]:
+        places.setdefault(place.resolve(), place)
+    artifacts = [read_artifact(place) for place in places.values()]
     settings = plan_settings(
         artifacts, runtimes=runtimes, threads=threads, batches=batches, sizes=[parse_size(size) for size in sizes]
     )
@@ -100,6 +102,7 @@ class Bench:
 
     def run(self, settings: Sequence[Setting]) -> dict[str, Any]:
         """The document of `bench --json`."""
+        self.check_threads(settings)
         rows: list[dict[str, Any]] = []
         for _, members in itertools.groupby(settings, key=lambda setting: setting.group):
             rows += self.run_group(list(members))
@@ -110,6 +113,18 @@ class Bench:
             "environment": started | self.environment,
             "results": rows,
         }
+
+    def check_threads(self, settings: Sequence[Setting]) -> None:
+        """Refuse what the last group could not have before the first one is measured."""
+        counts = {setting.threads for setting in settings}
+        if isinstance(self.device, Adb) or not self.options.pin or len(counts) == 1:
+            return  # a runner refuses it as soon as it opens a model
+        with start_runner(self.device) as worker:
+            cores = worker.ask("hello", timeout=START_TIMEOUT)["cores"]
+        if max(counts) > cores:
+            raise UsageError(
+                f"{max(counts)} threads were asked for, {self.device.name} has {cores} cores for a process"
+            )
 
     def run_group(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         """Sample the settings in turn; a row for each, those that cannot run here with the reason."""
@@ -178,13 +193,14 @@ class Bench:
 def blank_row(setting: Setting, device: Device) -> dict[str, Any]:
     """What is known before anything ran. MACs are those of the whole batch at the exported size, else unknown."""
     artifact, manifest = setting.artifact, setting.artifact.manifest
-    known = setting.input_shape[1:] == manifest.inputs[0].shape[1:]
+    exported = manifest.inputs[0].shape
+    known = setting.input_shape[1:] == exported[1:]
     return {
         "path": str(artifact.path), "model": manifest.model.name, "variant": manifest.model.variant,
         "format": manifest.format, "precision": manifest.precision, "status": NOT_RUN, "reason": "",
         "runtime": setting.runtime, "device": device.name, "threads": setting.threads, "batch": setting.input_shape[0],
         "input_shape": list(setting.input_shape),
-        "macs": manifest.model.macs * setting.input_shape[0] if known else None,
+        "macs": manifest.model.macs * setting.input_shape[0] // (exported[0] or 1) if known else None,
         "params": manifest.model.params, "bytes": artifact.model_bytes,
         **dict.fromkeys(FIGURES), "samples_ms": [], "warnings": [],
     }  # fmt: skip
@@ -204,6 +220,10 @@ def figures(probe: Probe | PhoneProbe, series: Series) -> dict[str, Any]:
 
 
 def unsettled(series: Series) -> str:
+    if len(series.rounds) < FEWEST_ROUNDS:
+        return (
+            f"the time budget ended after {len(series.rounds)} rounds: too few for an interval; give a longer --budget"
+        )
     low, high = median_interval(series.rounds)
     width = 50 * (high - low) / series.median
     return f"the time budget ended before the median settled: it is known to within {width:.1f} % only"
@@ -235,7 +255,7 @@ def or_warning(row: dict[str, Any], name: str, find: Callable[..., Any], *argume
     """`{name: find(*arguments)}`; where it cannot be had here the row says so in words."""
     try:
         return {name: find(*arguments)}
-    except (RuntimeUnavailable, MissingDependencyError) as error:
+    except (RuntimeUnavailable, MissingDependencyError, ArtifactError, RunError) as error:
         return {"warnings": [*row["warnings"], f"no {name}: {error}"]}
 
 

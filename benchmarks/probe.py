@@ -8,7 +8,8 @@ from typing import Any
 from mvit_export.artifact import Artifact
 from mvit_export.benchmarks.devices import Device
 from mvit_export.benchmarks.settings import Setting
-from mvit_export.benchmarks.worker import RUNNER, START_TIMEOUT, Worker
+from mvit_export.benchmarks.worker import RUNNER, START_TIMEOUT, RunError, Worker
+from mvit_export.errors import ArtifactError, printable
 
 LOAD_TIMEOUT = 600.0  # seconds; Core ML compiles for the Neural Engine, a phone's GPU its shaders
 SAMPLE_TIMEOUT = 600.0
@@ -31,7 +32,7 @@ class Probe:
             self.machine = self.worker.ask("hello", timeout=START_TIMEOUT)
             device.describe(self.machine)  # refuses the wrong machine
             self.model = model_on(device, setting.artifact, setting.runtime)
-            opened = self.worker.ask(
+            opened = self.ask(
                 "open",
                 model=self.model,
                 runtime=setting.runtime,
@@ -41,28 +42,36 @@ class Probe:
             )
             self.runtime, self.load_ms, self.affinity = opened["runtime"], opened["load_ms"], opened["cpus"]
             shape, dtype = setting.feed
-            self.first_ms = self.worker.ask("feed", shape=shape, dtype=dtype, timeout=SAMPLE_TIMEOUT)["first_ms"]
+            self.first_ms = self.ask("feed", shape=shape, dtype=dtype, timeout=SAMPLE_TIMEOUT)["first_ms"]
         except BaseException:
             self.worker.close()
             raise
 
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """As the worker's; a runtime that fails while it runs the model is an ArtifactError, for there is no figure."""
+        try:
+            return self.worker.ask(do, **request)
+        except RunError as error:
+            path, runtime = self.setting.artifact.model_path, self.setting.runtime
+            raise ArtifactError(f"{path} fails in {runtime} at {do!r}: {printable(str(error), 300)}") from error
+
     def sample(self, count: int) -> Sequence[float]:
-        return self.worker.ask("sample", count=count, timeout=SAMPLE_TIMEOUT)["ms"]
+        return self.ask("sample", count=count, timeout=SAMPLE_TIMEOUT)["ms"]
 
     def finish(self) -> dict[str, float]:
         """Peak memory in MB and the time of a second load in ms; nothing is sampled after it."""
-        return self.worker.ask("finish", timeout=LOAD_TIMEOUT)
+        return self.ask("finish", timeout=LOAD_TIMEOUT)
 
     def placement(self) -> dict[str, int] | None:
         """Core ML's plan: operations by device. None for the other runtimes, which have no such thing."""
         if not self.setting.runtime.startswith("coreml"):
             return None
-        return self.worker.ask("placement", model=self.model, runtime=self.setting.runtime, timeout=LOAD_TIMEOUT)
+        return self.ask("placement", model=self.model, runtime=self.setting.runtime, timeout=LOAD_TIMEOUT)
 
     def profile(self, runs: int) -> list[dict[str, Any]]:
         """Time by op type. Raises RuntimeUnavailable where the runtime has no profiler."""
         self.device.put(PROFILER, PROFILER.name)
-        return self.worker.ask(
+        return self.ask(
             "profile", model=self.model, runtime=self.setting.runtime,
             input=self.setting.artifact.manifest.inputs[0].name, threads=self.setting.threads, runs=runs,
             timeout=SAMPLE_TIMEOUT,

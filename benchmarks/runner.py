@@ -176,6 +176,8 @@ class Runner:
 
 
 def onnx_runtime(spec: str, threads: int) -> tuple[str, str, Callable[[str], Opened]]:
+    # From 1.29 on it would report models to its maker, and leave files of its own in the system's temporary folder.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     ort = import_runtime("onnxruntime")
     provider = PROVIDERS[spec.partition(":")[2] or "cpu"]
     if provider not in ort.get_available_providers():

@@ -57,7 +57,7 @@ def plan_settings(
     *,
     runtimes: Sequence[str] = (),
     threads: Sequence[int] = (1,),
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int] = (),
     sizes: Sequence[tuple[int, int]] = (),
 ) -> list[Setting]:
     """Every combination, those of one group side by side. Refuses what no artifact can satisfy, before any work."""
@@ -65,7 +65,7 @@ def plan_settings(
     # One artifact stands for all that were exported from the same weights where PyTorch itself is measured.
     references = {a.manifest.weights.state_sha256: a for a in reversed(artifacts)}.values()
     found = []
-    for count, artifact in itertools.product(threads, artifacts):
+    for count, artifact in itertools.product(dict.fromkeys(threads), artifacts):
         fits = [r for r in named if takes(r, artifact)] or [DEFAULT_RUNTIMES[artifact.manifest.format]]
         for shape in input_shapes(artifact, batches=batches, sizes=sizes):
             found += [
@@ -102,16 +102,19 @@ def takes(runtime: str, artifact: Artifact) -> bool:
 def input_shapes(
     artifact: Artifact, *, batches: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> list[tuple[int, ...]]:
-    """The artifact's input shapes for these batches and sizes. Raises UsageError, listing its own, for others."""
+    """The artifact's input shapes for these batches and sizes, by default its own batch, or 1 where it takes any.
+
+    Raises UsageError, listing its own, for others.
+    """
     spec = artifact.manifest.inputs[0]
     shapes = [shape_of_size(artifact, spec, size) for size in sizes] or [spec.shape]
-    if spec.shape[0] is not None and any(batch != spec.shape[0] for batch in batches if batch != 1):
+    if spec.shape[0] is not None and any(batch != spec.shape[0] for batch in batches):
         raise UsageError(
             f"--batch {', '.join(map(str, batches))}: {artifact.path} takes batches of {spec.shape[0]} only; "
             "export ONNX with --dynamic-batch"
         )
-    fixed = [batch if spec.shape[0] is None else spec.shape[0] for batch in batches]
-    return [(batch, *(side or 1 for side in shape[1:])) for shape in shapes for batch in dict.fromkeys(fixed)]
+    chosen = dict.fromkeys(batches or [spec.shape[0] or 1])
+    return [(batch, *(side or 1 for side in shape[1:])) for shape in shapes for batch in chosen]
 
 
 def shape_of_size(artifact: Artifact, spec: TensorSpec, size: tuple[int, int]) -> tuple[int | None, ...]:

@@ -33,7 +33,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Series:
-    """The samples of one subject: `rounds` of equally many times in ms. `settled`: the precision was reached."""
+    """The samples of one subject: `rounds` of equally many times in ms.
+
+    `settled`: the precision was reached, in enough rounds for an interval to mean what it says.
+    """
 
     rounds: tuple[tuple[float, ...], ...]
     settled: bool
@@ -88,7 +91,7 @@ def measure(
         if (due and all_settled(rounds, plan.precision)) or (clock() >= end and done >= 2):
             break
     return [
-        Series(tuple(r), settled=is_settled(r, plan.precision), warmup=start.inferences)
+        Series(tuple(r), len(r) >= FEWEST_ROUNDS and is_settled(r, plan.precision), start.inferences)
         for r, start in zip(rounds, starts, strict=True)
     ]
 
@@ -158,6 +161,7 @@ def unpaired_ratio(rounds: Sequence[Sequence[float]], base: Sequence[Sequence[fl
 
 
 RESAMPLES = 1000
+FEWEST_ROUNDS = 6  # of fewer, not even the span from least to most holds the median in 95 % of cases: 1 - 2 ** (1 - n)
 CHECK_EVERY = 5  # rounds; a bootstrap takes time that no subject runs in
 
 

@@ -84,12 +84,14 @@ class Worker:
     def _unwrap(self, line: bytes) -> dict[str, Any]:
         try:
             answer = json.loads(line)
-        except ValueError as error:
-            raise DeviceError(f"{self.where} answered {printable(line.decode('latin-1'))!r}, expected JSON") from error
-        if "ok" in answer:
-            return answer["ok"]
+            if "ok" in answer:
+                return answer["ok"]
+            kind, message = answer["error"]["kind"], answer["error"]["message"]
+        except (ValueError, TypeError, KeyError) as error:  # also JSON that is no answer, such as a number
+            said = printable(line.decode("latin-1"))
+            raise DeviceError(f"{self.where} answered {said!r}, expected the runner's JSON") from error
         kinds = {"unavailable": RuntimeUnavailable, "rejected": ArtifactError, "misuse": UsageError}
-        raise kinds.get(answer["error"]["kind"], RunError)(answer["error"]["message"])
+        raise kinds.get(kind, RunError)(message)
 
     def run(self, array: np.ndarray, *, timeout: float = 300.0) -> dict[str, np.ndarray]:
         """Every output by name for one input array."""

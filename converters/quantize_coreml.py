@@ -40,7 +40,21 @@ SMALLEST_SCALE = 2.0**-24  # that fp16 can hold
 
 # Which ops, and how
 
-Constant = tuple[str, dict[str, Any]]  # a constexpr op and its arguments
+
+@dataclass(frozen=True)
+class Constant:
+    """A constexpr op to be made; an argument may be another one."""
+
+    type: str
+    arguments: Mapping[str, Any]
+
+    def build(self, mb: Any, op: Any, name: str) -> Any:
+        """Before `op`; the variable that it gives."""
+        made = {
+            key: value.build(mb, op, f"{name}_{key}") if isinstance(value, Constant) else value
+            for key, value in self.arguments.items()
+        }
+        return getattr(mb, self.type)(**made, before_op=op, name=name)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,7 @@ class Plan:
     works: Mapping[str, Work]
     weights: Mapping[str, Constant]
     scales: Mapping[str, np.float16]
+    names: frozenset[str]  # of every op with a module, before
 
 
 def plan_bits(mlmodel: Any, modules: Mapping[str, str], conversion: Conversion) -> Plan:
@@ -78,7 +93,8 @@ def plan_bits(mlmodel: Any, modules: Mapping[str, str], conversion: Conversion) 
         raise ConversionError(f"recipe {recipe.name} asks for no part that this model has: nothing would lose bits")
     static = {value for work in works.values() if work.use == "static" for value in work.operands.values()}
     scales = measure_scales(mlmodel, conversion, static) if static else {}
-    return Plan(works, shrink_weights(program, works, SHRINK[conversion.target.precision]), scales)
+    weights = shrink_weights(program, works, SHRINK[conversion.target.precision])
+    return Plan(works, weights, scales, frozenset(modules))
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -169,15 +185,13 @@ def shrink_int8(weight: np.ndarray, work: Work, newer: bool) -> Constant:
     values, scale = to_integers(weight, tuple(i for i in range(weight.ndim) if i != axis), 127)
     values = values.astype(np.int8)
     if newer:
-        return "constexpr_blockwise_shift_scale", {"data": values, "scale": scale}
+        return Constant("constexpr_blockwise_shift_scale", {"data": values, "scale": scale})
     arguments = {"quantized_data": values, "scale": scale.reshape(-1), "zero_point": np.int8(0), "axis": np.int32(axis)}
-    return "constexpr_affine_dequantize", arguments
+    return Constant("constexpr_affine_dequantize", arguments)
 
 
 def shrink_int4(weight: np.ndarray, work: Work, newer: bool) -> Constant:
     """Symmetric, one scale for each block of input channels; int8 where a filter has but one, as in depthwise."""
-    from coremltools.converters.mil.mil import types
-
     inner = work.inner % weight.ndim
     count = weight.shape[inner]
     if count == 1:
@@ -187,8 +201,8 @@ def shrink_int4(weight: np.ndarray, work: Work, newer: bool) -> Constant:
     axis = work.axis % weight.ndim
     kept = {inner, axis + (axis > inner)}  # the block's number, and the output channel
     values, scale = best_integers(blocks, tuple(i for i in range(blocks.ndim) if i not in kept), 7)
-    data = values.reshape(weight.shape).astype(types.nptype_from_builtin(types.int4))
-    return "constexpr_blockwise_shift_scale", {"data": data, "scale": scale.squeeze(inner + 1)}
+    data = values.reshape(weight.shape).astype(types().nptype_from_builtin(types().int4))
+    return Constant("constexpr_blockwise_shift_scale", {"data": data, "scale": scale.squeeze(inner + 1)})
 
 
 def to_integers(
@@ -224,24 +238,36 @@ def squared_error(weight: np.ndarray, values: np.ndarray, scale: np.ndarray, sha
 
 
 def palettize(bits: int) -> Shrink:
-    """A table of 2**bits values for each weight."""
+    """A table of 2**bits values for each weight, and a scale for each output channel, without which channels of small
+    weights would share few of the values.
+
+    Measured on a trained MobileViT-XXS: 6 bits reach 24 dB with scales and 13 dB without. Channels are brought to equal
+    maxima, or to equal deviations for 4 bits, whose 16 values are better spent where most weights are.
+    """
 
     def shrink(weight: np.ndarray, work: Work, newer: bool) -> Constant | None:
-        entries = 2**bits
-        if weight.size * bits / 8 + entries * weight.itemsize >= weight.nbytes:
-            return None  # the table alone outweighs what it saves
-        table, indices = cluster(weight, entries)
-        if not newer:
-            packed = pack(indices.reshape(-1), bits)
-            shape = np.array(weight.shape, np.uint32)
-            return "constexpr_lut_to_dense", {"indices": packed, "lut": table, "shape": shape}
-        from coremltools.converters.mil.mil import types
-
-        dtype = types.nptype_from_builtin(types.string_to_builtin(f"uint{bits}"))
-        lut = table.reshape(*[1] * weight.ndim, entries, 1)
-        return "constexpr_lut_to_dense", {"indices": indices.astype(dtype), "lut": lut}
+        entries, wide = 2**bits, weight.astype(np.float32)
+        axes = tuple(i for i in range(weight.ndim) if i != work.axis % weight.ndim)
+        size = wide.std(axis=axes, keepdims=True) if bits == 4 else np.abs(wide).max(axis=axes, keepdims=True)
+        size = np.maximum(size, SMALLEST_SCALE)
+        if weight.size * bits / 8 + entries + size.size * weight.itemsize >= weight.nbytes:
+            return None  # table and scales outweigh what they save
+        table, indices = cluster(wide / size, entries)
+        step = np.abs(table).max() / 127
+        unsigned = types().nptype_from_builtin(types().string_to_builtin(f"uint{bits}"))
+        lut = np.round(table / step).astype(np.int8).reshape(*[1] * weight.ndim, entries, 1)
+        dense = Constant("constexpr_lut_to_dense", {"indices": indices.astype(unsigned), "lut": lut})
+        scale = np.maximum(size * step, SMALLEST_SCALE).astype(weight.dtype)
+        return Constant("constexpr_blockwise_shift_scale", {"data": dense, "scale": scale})
 
     return shrink
+
+
+def types() -> Any:
+    """coremltools' types, some of which numpy lacks."""
+    from coremltools.converters.mil.mil import types
+
+    return types
 
 
 def cluster(weight: np.ndarray, count: int, *, rounds: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -258,15 +284,8 @@ def cluster(weight: np.ndarray, count: int, *, rounds: int = 60) -> tuple[np.nda
         if np.array_equal(moved, centres):
             break
         centres = np.sort(moved)
-    table = centres.astype(weight.dtype)
     nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, values)
-    return table, nearest[inverse].reshape(weight.shape).astype(np.uint8)
-
-
-def pack(indices: np.ndarray, bits: int) -> np.ndarray:
-    """Indices of `bits` bits one after the other, the lowest bit first."""
-    every = (indices[:, None] >> np.arange(bits)) & 1
-    return np.packbits(every.astype(np.uint8).reshape(-1), bitorder="little")
+    return centres, nearest[inverse].reshape(weight.shape)
 
 
 SHRINK: Mapping[str, Shrink] = {
@@ -338,9 +357,7 @@ def rewrite(block: Any, mb: Any, plan: Plan) -> None:
         if work is None:
             continue
         if work.name in plan.weights and work.weight is not None:
-            kind, arguments = plan.weights[work.name]
-            small = getattr(mb, kind)(**arguments, before_op=op, name=f"{work.name}_weight_small")
-            replace_input(op, op.inputs[work.weight], small)
+            replace_input(op, op.inputs[work.weight], plan.weights[work.name].build(mb, op, f"{work.name}_w"))
         for parameter in work.operands if work.use == "static" else ():
             old = op.inputs[parameter]
             pairs[old.name] = pairs.get(old.name) or make_pair(mb, op, old, plan.scales[work.operands[parameter]])
@@ -348,8 +365,9 @@ def rewrite(block: Any, mb: Any, plan: Plan) -> None:
 
 
 def make_pair(mb: Any, op: Any, value: Any, scale: np.float16) -> Any:
-    small = mb.quantize(input=value, scale=scale, output_dtype="int8", before_op=op, name=f"{value.name}_int8")
-    return mb.dequantize(input=small, scale=scale, before_op=op, name=f"{value.name}_from_int8")
+    shared = mb.const(val=scale, before_op=op, name=f"{value.name}_scale")
+    small = mb.quantize(input=value, scale=shared, output_dtype="int8", before_op=op, name=f"{value.name}_q")
+    return mb.dequantize(input=small, scale=shared, before_op=op, name=f"{value.name}_dq")
 
 
 def replace_input(op: Any, old: Any, new: Any) -> None:

@@ -148,7 +148,7 @@ def share_ranges(static: Iterable[Op], graph: Graph, ranges: Mapping[int, Range]
     """One range for all that a move or a concatenation joins.
 
     Those ops cannot change a scale: with several, a conversion from int8 to int8 would stand before them, which
-    XNNPACK does not take.
+    rounds once more, and which XNNPACK does not always take.
     """
     groups = {t: {t} for t in ranges}
     for op in static:

@@ -51,6 +51,7 @@ def convert(conversion: Conversion, path: Path) -> str:
             add_pass(options["pass_pipeline"], plan)
             mlmodel, modules, capture = CONVERT[capture](ct, module, example, options)
             check_done(mlmodel, plan)
+            modules = {op: path for op, path in modules.items() if op in plan.names}  # not what was put in
     store_module_names(mlmodel, network_paths(modules))
     describe(mlmodel, conversion)
     mlmodel.save(str(path))

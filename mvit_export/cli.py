@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -354,9 +356,18 @@ app.command()(tune)
 app.command("eval")(evaluate)
 
 
+def clean_up_when_ended() -> None:
+    """A polite end, as of `timeout` or a closed terminal, is an interruption: scratch folders go, devices are left."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:  # nohup's is to be ignored
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+
+
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = (sys.argv[1:] if args is None else args) or ["--help"]
+    clean_up_when_ended()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on ONNX Runtime would report models to its maker
     try:
         code = app(arguments, standalone_mode=False, prog_name="mvit-export")
     except ClickUsageError as error:

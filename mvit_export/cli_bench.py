@@ -31,12 +31,12 @@ def bench(
         typer.Option(help="NAME[:OPTION]: onnxruntime:xnnpack, litert:builtin, coreml:cpuOnly, pytorch; with commas."),
     ] = None,
     threads: Annotated[str, typer.Option(help="Threads of each process; 1,2 measures both.")] = "1",
-    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, with commas (the file's own, or 1).")] = None,
     image_size: Annotated[list[str] | None, typer.Option(help="For files of several sizes: N or HxW.")] = None,
     device: Device = "local",
     device_python: DevicePython = None,
     benchmark_binary: BenchmarkBinary = None,
-    budget: Annotated[float, typer.Option(help="Most seconds for each artifact.", min=0.1)] = 30.0,
+    budget: Annotated[float, typer.Option(help="Most seconds for each artifact.", min=0.1, max=86400)] = 30.0,
     precision: Annotated[str, typer.Option(help="Stop when medians are known to within this.")] = "2%",
     baseline: Annotated[
         Path | None, typer.Option(help="JSON of an earlier bench, or an artifact to measure beside the others.")
@@ -58,12 +58,12 @@ def bench(
                 artifacts,
                 runtimes=split_list(runtime or ()),
                 threads=parse_counts(threads, "--threads"),
-                batches=parse_counts(batch, "--batch"),
+                batches=parse_counts(batch, "--batch") if batch is not None else (),
                 sizes=tuple(image_size or ()),
                 device=device,
                 device_python=device_python,
                 baseline=baseline,
-                max_slowdown=parse_share(max_slowdown, "--max-slowdown") if max_slowdown else None,
+                max_slowdown=None if max_slowdown is None else parse_share(max_slowdown, "--max-slowdown", zero=True),
                 options=Options(
                     Plan(budget_s=budget, precision=parse_share(precision, "--precision")),
                     roofline=roofline,
@@ -86,14 +86,14 @@ def parse_counts(text: str, option: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def parse_share(text: str, option: str) -> float:
-    """`"10%"` or `"0.1"` -> 0.1."""
+def parse_share(text: str, option: str, *, zero: bool = False) -> float:
+    """`"10%"` or `"0.1"` -> 0.1. `zero`: none at all is a share too."""
     number, percent = text.removesuffix("%"), text.endswith("%")
     try:
         share = float(number) / (100 if percent else 1)
     except ValueError:
         share = -1.0
-    if not 0 < share < float("inf"):
+    if not 0 <= share < float("inf") or not (share or zero):
         raise UsageError(f"{option} is {text!r}, expected a share such as 10% or 0.1")
     return share
 

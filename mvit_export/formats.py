@@ -49,9 +49,9 @@ WITH_RECIPE = ("int8",)  # whose parts a recipe chooses
 OPSETS = (18, 19, 20, 21, 22, 23)
 OPSET_LEAST = {"int4-weight": 21}  # which brought 4-bit tensors
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18", "iOS26")
-# coremltools: linear and palettized constants came with iOS16, int8 activations with 17, 4 bits in blocks with 18.
+# coremltools: linear constants came with iOS16, int8 activations with 17, blocks of 4 bits and scaled palettes with 18.
 DEPLOYMENT_LEAST = {
-    "int8-weight": "iOS16", "palette8": "iOS16", "palette6": "iOS16", "palette4": "iOS16", "int8": "iOS17",
+    "int8-weight": "iOS16", "palette8": "iOS18", "palette6": "iOS18", "palette4": "iOS18", "int8": "iOS17",
     "int4-weight": "iOS18",
 }  # fmt: skip
 DEFAULT_RECIPE = "accurate"

@@ -33,6 +33,10 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ),
     ("tflite", "small"): Recipe("small", (Rule("dynamic", ("linear", "conv", "conv1x1")), Rule("weight"))),
     ("coreml", "accurate"): Recipe("accurate", (Rule("static", ("linear", "conv", "conv1x1")), Rule("weight"))),
-    ("coreml", "fast"): Recipe("fast", (Rule("static", ("linear", "conv", "conv1x1", "depthwise")), Rule("weight"))),
+    ("coreml", "fast"): Recipe(
+        "fast",
+        (Rule("static", ("linear", "conv", "conv1x1", "depthwise", "attention")), Rule("weight")),
+        "every product in int8; its speed takes a device to measure",
+    ),
     ("coreml", "small"): Recipe("small", (Rule("weight"),)),
 }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from mvit_export.benchmarks.worker import RUNNER, RunError, Worker
 from mvit_export.errors import ArtifactError, DeviceError, UsageError
 
 QUICK = ("--budget", "0.5", "--no-roofline")
+COMPARED = ("--budget", "2", "--no-roofline")  # enough rounds for a verdict on a busy machine
 CONTRACT = {
     "path", "format", "precision", "runtime", "device", "threads", "load_ms", "first_ms", "median_ms", "p90_ms",
     "p99_ms", "samples_ms", "peak_rss_mb", "macs", "params", "bytes",
@@ -120,9 +124,12 @@ def test_litert_without_xnnpack_runs_other_kernels(cli, artifacts):
         (("--threads", "0"), "--threads is '0', expected positive numbers"),
         (("--threads", "99"), "99 threads were asked for, this process may use"),
         (("--batch", "4"), "takes batches of 1 only"),
+        (("--batch", ""), "--batch is '', expected positive numbers"),
+        (("--budget", "inf"), "'--budget': "),
         (("--image-size", "96"), "takes 64x64 only"),
         (("--max-slowdown", "10%"), "name one"),
         (("--max-slowdown", "lots", "--baseline", "x.json"), "expected a share such as 10%"),
+        (("--max-slowdown", "", "--baseline", "x.json"), "expected a share such as 10%"),
         (("--baseline", "nowhere.json"), "nowhere.json is no result of bench --json"),
         (("--device", "arm64"), "emulat"),
         (("--device", "toaster"), "expected one of local"),
@@ -142,15 +149,89 @@ def test_changed_file_is_not_measured(cli, artifacts, tmp_path):
     assert done.code == 2 and "was changed after the export" in done.err
 
 
-def test_interrupted_bench_leaves_no_record(cli, artifacts, tmp_path):
+def telemetry_allowed(scratch):
+    """Variables under which ONNX Runtime would report, and write to `scratch`; CI alone would stop it."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    return {**kept, "TMPDIR": str(scratch)}
+
+
+def test_runner_lets_no_runtime_report_or_leave_files(artifacts, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(RUNNER)], stdin=-1, stdout=-1, stderr=-1, env=telemetry_allowed(tmp_path)
+    )
+    with Worker(process, where="local") as worker:
+        worker.ask("open", model=str(next(artifacts.glob("onnx*/*.onnx"))), runtime="onnxruntime", threads=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_bench_leaves_no_record(cli, artifacts, tmp_path, how):
     place = shutil.copytree(artifacts / "onnx-fp32", tmp_path / "onnx-fp32")
     (place / "latency.json").unlink(missing_ok=True)
     endless = ["--budget", "60", "--precision", "0.0001%"]
-    process = subprocess.Popen([sys.executable, "-m", "mvit_export", "bench", str(place), *endless])
-    time.sleep(4)
-    process.send_signal(2)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mvit_export", "bench", str(place), *endless],
+        env=telemetry_allowed(scratch),
+    )
+    while not list(scratch.glob("*/runner.py")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(how)
     assert process.wait(20) == 130
     assert not (place / "latency.json").exists()
+    assert not list(scratch.iterdir())
+
+
+def test_too_many_threads_are_refused_before_anything_is_measured(monkeypatch, artifacts):
+    monkeypatch.setattr(bench_module, "Probe", None)  # nothing may be opened
+    with pytest.raises(UsageError, match=r"^99 threads were asked for, local has \d+ cores"):
+        bench_module.run_bench([artifacts], threads=[1, 99])
+
+
+def test_artifact_given_twice_is_measured_once(cli, artifacts):
+    place = artifacts / "onnx-fp32"
+    done = cli("bench", place, artifacts / "." / ".." / artifacts.name / "onnx-fp32", "--json", *QUICK)
+    assert len(done.json["results"]) == 1
+    assert len(plan_settings([read_artifact(place)], threads=[1, 1])) == 1
+
+
+def with_batch(artifact, batch):
+    manifest = artifact.manifest
+    spec = replace(manifest.inputs[0], shape=(batch, *manifest.inputs[0].shape[1:]))
+    return replace(artifact, manifest=replace(manifest, inputs=(spec,)))
+
+
+def test_macs_are_those_of_the_batch(artifacts):
+    """The manifest counts them at the exported batch, which is 1 where any is taken."""
+    whole = read_artifact(artifacts / "onnx-fp32")
+    macs = whole.manifest.model.macs
+    for exported, batches, expected in ((1, [], macs), (4, [], macs), (4, [4], macs), (None, [3], 3 * macs)):
+        (setting,) = plan_settings([with_batch(whole, exported)], batches=batches)
+        assert bench_module.blank_row(setting, Local())["macs"] == expected
+    with pytest.raises(UsageError, match="takes batches of 4 only"):
+        plan_settings([with_batch(whole, 4)], batches=[1])
+
+
+def test_model_that_fails_while_it_runs_is_an_error_in_one_line(artifacts):
+    (setting,) = plan_settings([read_artifact(artifacts / "onnx-fp32")])
+    other = replace(setting, input_shape=(1, 3, 8, 8))
+    with Local() as device, pytest.raises(ArtifactError, match="onnx fails in onnxruntime at 'feed': "):
+        bench_module.Bench(device, bench_module.Options(roofline=False)).run([other])
+
+
+def test_peak_that_cannot_be_had_does_not_lose_the_figures(monkeypatch, artifacts):
+    def fail(*_):
+        raise RunError("out of memory")
+
+    monkeypatch.setattr(bench_module, "measure_roofline", fail)
+    options = bench_module.Options(bench_module.Plan(budget_s=0.3))
+    with Local() as device:
+        settings = plan_settings([read_artifact(artifacts / "onnx-fp32")])
+        (row,) = bench_module.Bench(device, options).run(settings)["results"]
+    assert row["status"] == "measured" and "no roofline: out of memory" in row["warnings"]
 
 
 # Baselines
@@ -158,7 +239,12 @@ def test_interrupted_bench_leaves_no_record(cli, artifacts, tmp_path):
 
 @pytest.fixture
 def report(measured):
-    return measured.json
+    """A real report with samples of a quiet machine, as many as make an interval."""
+    made = copy.deepcopy(measured.json)
+    for row in made["results"]:
+        samples = np.random.default_rng(0).normal(10, 0.1, 100)
+        row.update(samples_ms=list(samples), samples_per_round=5, rounds=20)
+    return made
 
 
 def slower(report, factor):
@@ -170,15 +256,85 @@ def slower(report, factor):
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, "pass"), (0.8, "pass"), (1.5, "fail")])
 def test_baseline_fails_only_where_the_interval_says_so(report, tmp_path, factor, status):
-    steady = slower(report, 1.0)
-    for row in steady["results"]:  # as on a quiet machine
-        row["samples_ms"] = list(np.random.default_rng(0).normal(10, 0.1, len(row["samples_ms"])))
     file = tmp_path / "old.json"
-    file.write_text(json.dumps(steady))
-    new = slower(steady, factor)
+    file.write_text(json.dumps(report))
+    new = slower(report, factor)
     Baseline.read(file, 0.1).judge(new)
     assert new["status"] == status
     assert {row["baseline"]["status"] for row in new["results"]} == {status}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples_per_round": 0},
+        {"samples_per_round": None},
+        {"samples_ms": [1.0, 2.0, 3.0], "samples_per_round": 2},
+        {"samples_ms": ["a", "b"], "samples_per_round": 1},
+        {"samples_ms": [0.0, 1.0], "samples_per_round": 1},
+        {"samples_ms": [float("nan")], "samples_per_round": 1},
+        {"samples_ms": 5},
+        {"runtime": None},
+    ],
+)
+def test_damaged_baseline_is_refused_before_anything_is_measured(report, tmp_path, changes):
+    old = copy.deepcopy(report)
+    old["results"][0].update(changes)
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(old))
+    with pytest.raises(ArtifactError, match=r"old.json is no result of bench --json \(.*\); measure it again$"):
+        Baseline.read(file, 0.1)
+
+
+def test_too_few_rounds_are_no_evidence(report, tmp_path):
+    short = copy.deepcopy(report)
+    for row in short["results"]:
+        row.update(samples_ms=[10.0] * 3, samples_per_round=1, rounds=3)
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(short))
+    new = slower(short, 2)
+    Baseline.read(file, 0.1).judge(new)
+    assert new["status"] == "not-run"
+    assert "3 rounds are too few" in new["results"][0]["baseline"]["reason"]
+
+
+def test_rows_that_only_the_path_tells_apart(report, tmp_path):
+    old, new = copy.deepcopy(report), copy.deepcopy(report)
+    twin = copy.deepcopy(old["results"][0]) | {"path": "elsewhere"}
+    twin["samples_ms"] = [0.1 * sample for sample in twin["samples_ms"]]
+    old["results"].insert(0, twin)
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(old))
+    Baseline.read(file, 1.0).judge(new)
+    assert new["results"][0]["baseline"]["status"] == "pass"
+    new["results"][0]["path"] = "a third place"
+    Baseline.read(file, 1.0).judge(new)
+    assert "several such rows" in new["results"][0]["baseline"]["reason"]
+
+
+def sampled(path, ms, *, fmt="onnx", precision="fp32", shape=(1, 3, 64, 64)):
+    samples = list(np.random.default_rng(0).normal(ms, 0.01 * ms, 20))
+    return {
+        "path": path, "model": "net", "format": fmt, "precision": precision, "runtime": f"runtime of {fmt}",
+        "threads": 1, "input_shape": list(shape), "status": "measured", "samples_ms": samples, "samples_per_round": 1,
+    }  # fmt: skip
+
+
+def judged(own, rows):
+    report = {"status": "pass", "results": rows}
+    Baseline(0.1, artifacts=tuple(map(Path, own))).judge(report)
+    return [row["baseline"]["status"] for row in rows]
+
+
+def test_artifacts_beside_are_compared_with_their_own_kind():
+    old = [sampled("old/a", 10), sampled("old/b", 20, fmt="tflite")]
+    new = [sampled("new/a", 15), sampled("new/b", 20, fmt="tflite"), sampled("new/c", 1, precision="int8")]
+    assert judged(["old/a", "old/b"], [*old, *new]) == ["pass", "pass", "fail", "pass", "not-run"]
+
+
+def test_one_artifact_beside_is_the_limit_for_every_file_of_the_same_input():
+    rows = [sampled("old", 10), sampled("new", 15, precision="int8"), sampled("other", 15, shape=(1, 64, 64, 3))]
+    assert judged(["old"], rows) == ["pass", "fail", "not-run"]
 
 
 def test_slower_within_the_noise_does_not_fail(report, tmp_path):
@@ -210,8 +366,8 @@ def test_another_machine_or_a_missing_row_is_not_compared(report, tmp_path):
 
 def test_baseline_through_the_command(cli, artifacts, report, tmp_path):
     file = tmp_path / "fast.json"
-    file.write_text(json.dumps(slower(report, 0.2)))
-    done = cli("bench", artifacts / "onnx-fp32", "--baseline", file, "--max-slowdown", "10%", *QUICK)
+    file.write_text(json.dumps(slower(report, 0.01)))
+    done = cli("bench", artifacts / "onnx-fp32", "--baseline", file, "--max-slowdown", "10%", *COMPARED)
     assert done.code == 1
     assert "FAIL" in done.out and "times the baseline, more than 1.1" in done.out
 
@@ -219,7 +375,7 @@ def test_baseline_through_the_command(cli, artifacts, report, tmp_path):
 def test_artifact_as_baseline_is_measured_beside(cli, artifacts):
     done = cli(
         "bench", artifacts / "tflite-fp32", "--baseline", artifacts / "onnx-fp32", "--max-slowdown", "900%", "--json",
-        *QUICK,
+        *COMPARED,
     )  # fmt: skip
     assert done.code == 0
     assert [Path(row["path"]).name for row in done.json["results"]] == ["onnx-fp32", "tflite-fp32"]
@@ -305,6 +461,14 @@ def test_silent_runner_is_stopped():
     with Worker(process, where="ssh:pi") as worker, pytest.raises(DeviceError, match="ssh:pi gave no answer"):
         worker.ask("hello", timeout=0.5)
     assert process.poll() is not None
+
+
+@pytest.mark.parametrize("answer", ["Welcome!", "5", "null", '["ok"]', '"ok"', '{"error": 1}', "{}"])
+def test_what_is_no_answer_is_an_error(answer):
+    code = f"input(); print({answer!r}, flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1)
+    with Worker(process, where="ssh:pi") as worker, pytest.raises(DeviceError, match="expected the runner's JSON"):
+        worker.ask("hello")
 
 
 def test_runner_ends_with_its_input():

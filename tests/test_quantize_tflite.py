@@ -19,7 +19,7 @@ from mvit_export.calibration import METHODS, open_calibration
 from mvit_export.converters import quantize_tflite
 from mvit_export.converters.capture import Conversion
 from mvit_export.converters.fold import fold_batch_norms
-from mvit_export.converters.quantize_tflite import PER_ROW, check_done, check_recipe
+from mvit_export.converters.quantize_tflite import PER_ROW, check_done, check_recipe, share_ranges
 from mvit_export.converters.ranges import BINS, Histogram, divergence, entropy, learn_ranges, percentile
 from mvit_export.converters.tflite_kinds import kinds_of
 from mvit_export.errors import ConversionError, UsageError
@@ -183,6 +183,15 @@ def test_moves_follow_the_static_ops_beside_them(graph_of):
             assert graph.tensors[op.inputs[0]].type == "FLOAT32"
         if op.type == "CONCATENATION":
             assert len({graph.tensors[t].scales for t in (*op.inputs, *op.outputs)}) == 1
+
+
+def test_what_a_concatenation_joins_has_one_range(tiny_artifact):
+    graph = read_graph(read_artifact(tiny_artifact("tflite")).model_path)
+    concatenation = next(op for op in graph.ops if op.type == "CONCATENATION")
+    (first, second), (output,) = concatenation.inputs, concatenation.outputs
+    ranges = {first: (-1.0, 2.0), second: (0.0, 5.0), output: (-1.0, 4.0), graph.inputs[0]: (0.0, 9.0)}
+    shared = share_ranges([concatenation], graph, ranges)
+    assert shared == {**dict.fromkeys((first, second, output), (-1.0, 5.0)), graph.inputs[0]: (0.0, 9.0)}
 
 
 def test_an_excluded_module_stays_float(graph_of, kinds):

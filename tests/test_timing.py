@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mvit_export.benchmarks.timing import (
+    FEWEST_ROUNDS,
     Plan,
     Ratio,
     measure,
@@ -78,6 +79,14 @@ def test_a_slow_model_is_sampled_twice_even_beyond_its_budget():
     (series,) = measure([machine.subject(30_000.0)], Plan(budget_s=1), clock=machine.clock)
     assert len(series.rounds) == 2
     assert series.warmup == 1
+
+
+def test_few_rounds_are_never_settled_however_alike():
+    machine = Machine()
+    (series,) = measure([machine.subject(30_000.0, noise=0)], Plan(budget_s=1), clock=machine.clock)
+    assert not series.settled
+    (series,) = measure([machine.subject(10.0, noise=0)], Plan(budget_s=1), clock=machine.clock)
+    assert len(series.rounds) >= FEWEST_ROUNDS and series.settled
 
 
 def test_warm_up_runs_until_it_gets_no_faster():
