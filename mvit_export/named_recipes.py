@@ -17,8 +17,8 @@ ONNX_SMALL = "latency 0.87 / 0.91 / 0.92; digits 99.78 %, mean KL 9.1e-05"
 TFLITE_ACCURATE = "latency 0.67 / 0.61 / 0.52; digits 99.78 %, mean KL 2.7e-04"
 TFLITE_FAST = (
     "latency 0.60 [0.596, 0.601] / 0.51 [0.504, 0.510] / 0.45 [0.450, 0.453]; digits 99.78 %, mean KL 2.8e-04; of what "
-    "is left on xxs, the float products of attention take 30 % and softmax 11 %: in int8 XNNPACK has neither, and static "
-    "everything takes 2 to 3 times as long as fp32"
+    "is left on xxs, the float products of attention take 30 % and softmax 11 %: in int8 XNNPACK has neither, and "
+    "static everything takes 2 to 3 times as long as fp32"
 )
 TFLITE_SMALL = "latency 0.90 / 0.70 / 0.57; digits 99.78 %, mean KL 9.0e-05; needs no ranges"
 

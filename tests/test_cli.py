@@ -180,7 +180,7 @@ MISTAKES = [
     ("--to onix --variant xxs", "format 'onix' is not known, expected one of coreml, onnx, tflite, all; did you mean onnx?"),
     ("--to , --variant xxs", "--to names no format, expected one or more of coreml, onnx, tflite, or all"),
     ("--to onnx --variant xxxs", "variant 'xxxs' is not known, expected one of xxs, xs, s; did you mean xxs?"),
-    ("--to onnx --variant s --precision fp64", "ONNX precision 'fp64' is not known, expected one of fp32, fp16; did you mean fp16?"),
+    ("--to onnx --variant s --precision fp64", "ONNX precision 'fp64' is not known, expected one of fp32, fp16, int8-weight, int8-dynamic, int8, int4-weight; did you mean fp16?"),
     ("--to tflite --variant s --opset 18", "--opset does not apply to tflite; only onnx takes it"),
     ("--to coreml,tflite --variant s --dynamic-batch", "--dynamic-batch does not apply to coreml, tflite; only onnx takes it"),
     ("--to onnx --variant s --deployment-target iOS17", "--deployment-target does not apply to onnx; only coreml takes it"),
