@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 
 from mvit_export.converters.capture import Conversion
+from mvit_export.converters.integers import to_int8
 from mvit_export.converters.ranges import learn_ranges
 from mvit_export.errors import ConversionError, UsageError
 from mvit_export.mil import load
-from mvit_export.recipes import KINDS, NAMED, Recipe, everything
+from mvit_export.named_recipes import RECIPES
+from mvit_export.recipes import KINDS, Recipe, everything
 
 WITH_WEIGHTS = ("conv", "conv1x1", "depthwise", "linear")
 POSSIBLE = {"float": tuple(KINDS), "weight": WITH_WEIGHTS, "dynamic": (), "static": (*WITH_WEIGHTS, "attention")}
@@ -33,8 +35,8 @@ ACTIVATIONS = (
     "softplus", "softsign", "tanh",
 )  # fmt: skip
 NORMS = ("batch_norm", "instance_norm", "l2_norm", "layer_norm", "local_response_norm")
-BLOCK = 32  # weights that share an int4 scale, at most
-CUTS = tuple(np.linspace(0.98, 0.5, 25))  # shares of the largest weight that 4 bits may be made to hold
+BLOCK, LEAST_BLOCK = 32, 8  # input channels that share an int4 scale, where their number can be so divided
+CUTS = np.linspace(1.0, 0.5, 26)  # shares of the largest weight that 4 bits may be made to hold
 SMALLEST_SCALE = 2.0**-24  # that fp16 can hold
 
 
@@ -99,8 +101,8 @@ def plan_bits(mlmodel: Any, modules: Mapping[str, str], conversion: Conversion) 
 
 def check_recipe(recipe: Recipe) -> None:
     """A rule that names kinds must be possible for each; one that names none speaks of all that can."""
-    for rule in recipe.rules:
-        kinds = () if recipe.name in NAMED or rule.kinds == tuple(KINDS) else rule.kinds
+    for rule in () if recipe in RECIPES.values() else recipe.rules:
+        kinds = () if rule.kinds == tuple(KINDS) else rule.kinds
         wrong = [kind for kind in kinds if kind not in POSSIBLE[rule.use]]
         if wrong or not POSSIBLE[rule.use]:
             able = ", ".join(use for use in POSSIBLE if not wrong or wrong[0] in POSSIBLE[use] if POSSIBLE[use])
@@ -146,6 +148,8 @@ def describe(op: Any, kind: str, use: str) -> Work:
     if op.op_type == "matmul":
         last, inner = (-2, -1) if op.transpose_y.val else (-1, -2)
         return replace(work, weight="y", axis=last, inner=inner)
+    if not is_constant(op.weight):
+        return replace(work, weight=None)
     return replace(work, axis=1, inner=0) if op.op_type == "conv_transpose" else work
 
 
@@ -182,8 +186,8 @@ def ios18() -> int:
 def shrink_int8(weight: np.ndarray, work: Work, newer: bool) -> Constant:
     """Symmetric, one scale for each output channel."""
     axis = work.axis % weight.ndim
-    values, scale = to_integers(weight, tuple(i for i in range(weight.ndim) if i != axis), 127)
-    values = values.astype(np.int8)
+    values, scale = to_int8(weight.astype(np.float32), axis, least=SMALLEST_SCALE)
+    scale = scale.astype(weight.dtype)
     if newer:
         return Constant("constexpr_blockwise_shift_scale", {"data": values, "scale": scale})
     arguments = {"quantized_data": values, "scale": scale.reshape(-1), "zero_point": np.int8(0), "axis": np.int32(axis)}
@@ -196,45 +200,28 @@ def shrink_int4(weight: np.ndarray, work: Work, newer: bool) -> Constant:
     count = weight.shape[inner]
     if count == 1:
         return shrink_int8(weight, work, newer)
-    block = next(size for size in range(min(BLOCK, count), 0, -1) if count % size == 0)
+    block = next((size for size in range(BLOCK, LEAST_BLOCK - 1, -1) if count % size == 0), count)
     blocks = weight.reshape(*weight.shape[:inner], count // block, block, *weight.shape[inner + 1 :])
     axis = work.axis % weight.ndim
     kept = {inner, axis + (axis > inner)}  # the block's number, and the output channel
-    values, scale = best_integers(blocks, tuple(i for i in range(blocks.ndim) if i not in kept), 7)
+    values, scale = fit_int4(blocks, tuple(i for i in range(blocks.ndim) if i not in kept))
     data = values.reshape(weight.shape).astype(types().nptype_from_builtin(types().int4))
     return Constant("constexpr_blockwise_shift_scale", {"data": data, "scale": scale.squeeze(inner + 1)})
 
 
-def to_integers(
-    weight: np.ndarray, shared: tuple[int, ...], most: int, *, cut: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """(integers from -most - 1 to most, their scales); a scale is shared along the axes `shared`, which it keeps as 1.
-
-    The largest weight becomes `most / cut`, and is cut to `most`.
-    """
+def fit_int4(weight: np.ndarray, shared: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(integers from -8 to 7, scales, one for all along the axes `shared`): of CUTS the one of least squared error."""
     wide = weight.astype(np.float32)
     largest = np.abs(wide).max(axis=shared, keepdims=True)
-    scale = np.maximum(cut * largest / most, SMALLEST_SCALE).astype(weight.dtype)
-    return np.clip(np.round(wide / scale.astype(np.float32)), -most - 1, most), scale
-
-
-def best_integers(weight: np.ndarray, shared: tuple[int, ...], most: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `to_integers`, each scale with the cut that leaves the least squared error; of 16 steps many are gained."""
-    values, scale = to_integers(weight, shared, most)
-    least = squared_error(weight, values, scale, shared)
+    values, scale, least = np.zeros_like(wide), np.ones_like(largest), np.full_like(largest, np.inf)
     for cut in CUTS:
-        others = to_integers(weight, shared, most, cut=cut)
-        error = squared_error(weight, *others, shared)
+        tried = np.maximum(cut * largest / 7, SMALLEST_SCALE).astype(weight.dtype).astype(np.float32)
+        found = np.clip(np.round(wide / tried), -8, 7)
+        error = ((wide - found * tried) ** 2).sum(axis=shared, keepdims=True)
         better = error < least
-        values, scale = (np.where(better, new, old) for new, old in zip(others, (values, scale), strict=True))
+        values, scale = np.where(better, found, values), np.where(better, tried, scale)
         least = np.minimum(least, error)
-    return values, scale
-
-
-def squared_error(weight: np.ndarray, values: np.ndarray, scale: np.ndarray, shared: tuple[int, ...]) -> np.ndarray:
-    difference = weight.astype(np.float32) - values * scale.astype(np.float32)
-    error: np.ndarray = (difference**2).sum(axis=shared, keepdims=True)
-    return error
+    return values, scale.astype(weight.dtype)
 
 
 def palettize(bits: int) -> Shrink:
@@ -345,6 +332,7 @@ def add_pass(pipeline: Any, plan: Plan) -> None:
                 for function in program.functions.values():
                     block_context_manager(rewrite)(function, Builder, self.plan)
 
+    pipeline.append_pass("mil_backend::sanitize_name_strings")  # names as a saved model has them, and so the plan
     pipeline.append_pass(name)
     pipeline.set_options(name, {"plan": plan})
 

@@ -23,10 +23,10 @@ from mvit_export.converters.capture import INPUT_NAME, JIT_TRACE, TORCH_EXPORT, 
 from mvit_export.converters.flexible import make_flexible
 from mvit_export.converters.quantize_coreml import add_pass, check_done, plan_bits
 from mvit_export.errors import require
+from mvit_export.formats import FULL
 from mvit_export.mil.modules import module_names, number_nodes, store_module_names
 from mvit_export.preprocessing import Preprocessing
 
-FLOATS = ("fp32", "fp16")
 WRAPPER = "model.model."  # CoreMLForm holds Exportable, which holds the network
 
 
@@ -46,7 +46,7 @@ def convert(conversion: Conversion, path: Path) -> str:
     options = conversion_options(ct, conversion, module)
     with torch.no_grad():
         mlmodel, modules, capture = (convert_trace if len(shapes) > 1 else convert_any)(ct, module, example, options)
-        if conversion.target.precision not in FLOATS:
+        if conversion.target.precision not in FULL:
             plan = plan_bits(mlmodel, network_paths(modules), conversion)
             add_pass(options["pass_pipeline"], plan)
             mlmodel, modules, capture = CONVERT[capture](ct, module, example, options)
