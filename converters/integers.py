@@ -9,6 +9,7 @@ import numpy as np
 BLOCK = 32  # weights that share a scale in 4 bits, at most
 LEAST_BLOCK = 16  # of fewer weights the scales would take as much as the bits save
 SHRINKS = np.linspace(0.7, 1.0, 16)  # of the scale that reaches a block's largest weight; the best one is taken
+COLOURS = 4  # channels of a picture, at most: a convolution of no more is the network's first
 BIAS_LIMIT = 2**30  # half of what int32 holds: the other half is for the sum of products
 
 

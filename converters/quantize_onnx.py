@@ -21,7 +21,16 @@ from typing import Any
 import numpy as np
 
 from mvit_export.converters.capture import Conversion
-from mvit_export.converters.integers import BIAS_LIMIT, pack_int4, split_blocks, to_bias, to_int4, to_int8, to_uint8
+from mvit_export.converters.integers import (
+    BIAS_LIMIT,
+    COLOURS,
+    pack_int4,
+    split_blocks,
+    to_bias,
+    to_int4,
+    to_int8,
+    to_uint8,
+)
 from mvit_export.converters.onnx_parts import Part, choose_uses, find_parts, float_tensors
 from mvit_export.converters.onnx_ranges import calibrate
 from mvit_export.converters.ranges import Range
@@ -35,7 +44,6 @@ RECIPES = {
     "int4-weight": everything("weight", name="int4-weight"),
 }
 FLOAT = 1  # onnx.TensorProto.FLOAT
-COLOURS = 4  # channels of a picture, at most
 
 
 def quantize(model: Any, conversion: Conversion) -> None:

@@ -250,13 +250,13 @@ def test_an_image_classifier_keeps_its_interface(tmp_path: Path, pictures: Path)
     model = load_model(model=TINY, labels=tmp_path / "labels.txt")
     (result,) = export(model, to="coreml", precision="int8", input="image", calibration=pictures, out=tmp_path)
     assert open_mil(result.artifact).labels == LABELS
-    assert result.parity.metrics.psnr_db > 25 and result.parity.metrics.max_rel < 0.1
+    assert result.parity.status == "pass", result.parity.reason
 
 
 def test_several_sizes_share_the_ranges_of_the_first(tmp_path: Path, pictures: Path) -> None:
     model = load_model(model=TINY, image_size=[64, 96])
     (result,) = export(model, to="coreml", precision="int8", calibration=pictures, out=tmp_path)
-    assert result.parity.metrics.psnr_db > 25 and result.parity.metrics.max_rel < 0.1
+    assert result.parity.status == "pass", result.parity.reason
     program = mil.load(result.artifact.model_path)
     for size in (64, 96):
         assert program(image=np.zeros((1, 3, size, size), np.float32))["logits"].shape == (1, 10)
