@@ -26,7 +26,7 @@ class Plan:
     budget_s: float = 30.0  # of each subject, on average, warm-up included
     precision: float = 0.02  # half the width of the 95 % interval over the median
     round_ms: float = 60.0  # of each subject in a round: short, so that neighbours in a round see one machine
-    min_rounds: int = 15
+    min_rounds: int = 30
     settle: float = 0.02  # warm-up goes on while chunks get faster by more than this
     patience: int = 3  # chunks
 

@@ -122,11 +122,34 @@ def test_every_weight_loses_bits_and_no_activation(make: Make, precision: str, i
 
 
 def test_palettes_are_tables_of_int8_with_scales(make: Make) -> None:
-    tables = [operation for operation in operations(make("palette4")) if operation.type == "constexpr_lut_to_dense"]
-    assert len(tables) > 30
-    for operation in tables:
-        lut, indices = operation.input("lut"), operation.input("indices")
-        assert (lut.dtype, lut.shape[-2:], indices.dtype) == ("INT8", (16, 1), "UINT4")
+    """Of 16 values for most, of 256 for weights that are few and that everything passes through."""
+    found = {16: 0, 256: 0}
+    for operation in operations(make("palette4")):
+        if operation.type == "constexpr_lut_to_dense":
+            lut, indices = operation.input("lut"), operation.input("indices")
+            entries = lut.shape[-2]
+            assert (lut.dtype, lut.shape[-1], indices.dtype) == ("INT8", 1, {16: "UINT4", 256: "UINT8"}[entries])
+            found[entries] += 1
+    assert found[16] > 30 > found[256] > 3
+
+
+@pytest.mark.parametrize("precision", ["int4-weight", "palette4"])
+def test_4_bits_are_for_linear_layers_and_inner_dense_convolutions(make: Make, precision: str) -> None:
+    for operation in weighted(make(precision)):
+        shape = operation.input("weight").shape
+        if (value := operation.input("weight")).maker is None:
+            continue
+        bits = {"INT4": 4, "UINT4": 4, "INT8": 8, "UINT8": 8}[stored(value.maker)]
+        dense = operation.type == "linear" or (not is_depthwise(operation) and shape[2:] == (3, 3) and shape[1] > 4)
+        assert bits == (4 if dense else 8), (operation.op, shape)
+
+
+def stored(maker: Any) -> str:
+    """The type of the integers in a constexpr op."""
+    if maker.type == "constexpr_affine_dequantize":
+        return maker.input("quantized_data").dtype
+    data = maker.input("data")
+    return data.maker.input("indices").dtype if data.maker else data.dtype
 
 
 def test_accurate_leaves_depthwise_and_attention_in_float(make: Make) -> None:
@@ -339,8 +362,11 @@ def test_a_palette_is_where_the_weights_are() -> None:
 
 def test_a_palette_is_left_out_where_its_table_outweighs_it() -> None:
     work = Work("w", "conv", "weight", {}, "weight")
-    assert quantization.palettize(8)(RNG.normal(size=(8, 3, 3, 3)).astype(np.float16), work, True) is None
-    assert quantization.palettize(4)(RNG.normal(size=(8, 3, 3, 3)).astype(np.float16), work, True) is not None
+    few = RNG.normal(size=(8, 8, 3, 3)).astype(np.float16)
+    first = RNG.normal(size=(8, 3, 3, 3)).astype(np.float16)  # which keeps 8 bits
+    assert quantization.palettize(8)(few[:3], work, True) is None
+    assert quantization.palettize(4)(few, work, True) is not None
+    assert quantization.palettize(4)(first, work, True) is None
 
 
 # What is refused

@@ -340,8 +340,8 @@ def test_no_range_is_learned_from_nan(bad):
 def test_a_full_size_network_is_small_and_whole(cli, tmp_path):
     """MobileViT-XXS at 256x256, untrained: at most 0.30 of the bytes of fp32, and all of it in XNNPACK."""
     common = ("--variant", "xxs", "--to", "tflite", "--no-verify", "--out", tmp_path)
-    assert cli(*common, "--precision", "fp32,int8-weight,int4-weight").code == 3
-    assert cli(*common, "--precision", "int8", "--recipe", "fast").code == 3
+    assert cli(*common, "--precision", "fp32,int8-weight,int4-weight").code == 0
+    assert cli(*common, "--precision", "int8", "--recipe", "fast").code == 0
     sizes = {path.parent.name: path.stat().st_size for path in tmp_path.rglob("*.tflite")}
     whole = sizes.pop("tflite-fp32")
     assert {name: size / whole < 0.3 for name, size in sizes.items()} == dict.fromkeys(sizes, True)
