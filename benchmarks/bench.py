@@ -20,7 +20,7 @@ from mvit_export.benchmarks.settings import Setting, plan_settings
 from mvit_export.benchmarks.timing import FEWEST_ROUNDS, Plan, Series, measure, median_interval, ratio
 from mvit_export.benchmarks.worker import START_TIMEOUT, RunError
 from mvit_export.errors import ArtifactError, DeviceError, MissingDependencyError, RuntimeUnavailable, UsageError
-from mvit_export.formats import parse_size
+from mvit_export.formats import FULL, parse_size
 
 MEASURED, NOT_RUN = "measured", "not-run"
 FIGURES = (
@@ -181,8 +181,11 @@ class Bench:
         flag_slower_siblings(running, series)
 
     def judge(self, row: Mapping[str, Any], setting: Setting) -> dict[str, float] | None:
-        """The row against the peak of its runtime, which is measured once for each number of threads."""
-        if setting.runtime == "pytorch" or row["macs"] is None:
+        """The row against the peak of its runtime, which is measured once for each number of threads.
+
+        That is a product in fp32, which says nothing of a file whose products are in int8.
+        """
+        if setting.runtime == "pytorch" or row["macs"] is None or row["precision"] not in FULL:
             return None
         key = setting.runtime, setting.threads
         if key not in self.peaks:

@@ -35,6 +35,7 @@ PROVIDERS = {
 COMPUTE_UNITS = {
     "all": "ALL", "cpuOnly": "CPU_ONLY", "cpuAndGPU": "CPU_AND_GPU", "cpuAndNeuralEngine": "CPU_AND_NE",
 }  # fmt: skip
+IDLE_STEP, IDLE_SHARE, IDLE_TIMEOUT = 0.005, 0.2, 1.0  # seconds, of one core, seconds
 COPY_BYTES = 1 << 27  # of the bandwidth probe: several times any cache
 
 
@@ -113,13 +114,17 @@ class Runner:
         return {"outputs": {name: pack(value) for name, value in outputs.items() if isinstance(value, np.ndarray)}}
 
     def do_sample(self, count: int) -> dict[str, Any]:
-        """`count` times in ms, after one untimed run that brings caches back from whatever ran in between."""
+        """`count` times in ms, after one untimed run that brings caches back from whatever ran in between.
+
+        Answers once the runtime's own threads are asleep, so that the next process has the cores to itself.
+        """
         gc.disable()
         try:
             self.time_one()
             return {"ms": [self.time_one() for _ in range(count)]}
         finally:
             gc.enable()
+            become_idle()
 
     def do_finish(self) -> dict[str, Any]:
         """Peak memory of the model (the process's, less the bare runtime's), then the time of a warm load."""
@@ -170,6 +175,16 @@ class Runner:
         start = self.clock()
         self.call(self.array)
         return 1e3 * (self.clock() - start)
+
+
+def become_idle() -> None:
+    """Wait until this process uses no time: ONNX Runtime's threads spin for 40 ms after a run, on cores of others."""
+    end = time.monotonic() + IDLE_TIMEOUT
+    while time.monotonic() < end:
+        used = time.process_time()
+        time.sleep(IDLE_STEP)
+        if time.process_time() - used < IDLE_SHARE * IDLE_STEP:
+            return
 
 
 # Runtimes: each function takes the option behind the colon and gives (name, version, open(model) -> Opened)
