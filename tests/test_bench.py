@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -425,6 +426,28 @@ def test_input_is_random_and_of_the_declared_type():
     runner.do_feed([1, 3, 4, 4], "float32")
     assert [array.dtype.name for array in seen] == ["uint8", "float32"]
     assert all(len(np.unique(array)) > 20 for array in seen)
+
+
+def test_runner_answers_when_its_runtime_has_gone_to_sleep():
+    """A runtime's threads that still spin would take a core from the process that is sampled next."""
+    spun = []
+
+    def spin():
+        start = time.thread_time()
+        while time.thread_time() - start < 0.05:
+            pass
+        spun.append(True)
+
+    def call(array):
+        threads.append(threading.Thread(target=spin))
+        threads[-1].start()
+        return {}
+
+    threads = []
+    runner = Runner()
+    runner.call = call
+    runner.do_sample(1)
+    assert spun == [True, True], "an untimed run and a timed one"
 
 
 def test_runner_gives_what_the_runtime_gives(artifacts):
