@@ -37,6 +37,7 @@ ACTIVATIONS = (
 NORMS = ("batch_norm", "instance_norm", "l2_norm", "layer_norm", "local_response_norm")
 BLOCK, LEAST_BLOCK = 32, 8  # input channels that share an int4 scale, where their number can be so divided
 CUTS = np.linspace(1.0, 0.5, 26)  # shares of the largest weight that 4 bits may be made to hold
+SMALL = 64  # elements of a constant that is no weight
 SMALLEST_SCALE = 2.0**-24  # that fp16 can hold
 
 
@@ -360,6 +361,25 @@ def rewrite(block: Any, mb: Any, plan: Plan) -> None:
             old = op.inputs[parameter]
             pairs[old.name] = pairs.get(old.name) or make_pair(mb, op, old, plan.scales[work.operands[parameter]])
             replace_input(op, old, pairs[old.name])
+    share_constants(block)
+
+
+def share_constants(block: Any) -> None:
+    """One small constant for all of equal type and value, such as axes and types: hundreds of them take a tenth of a
+    small network in int8. coremltools' own pass takes no strings, and nearly equal numbers for equal ones.
+    """
+    first: dict[Any, Any] = {}
+    for op in list(block.operations):
+        if op.op_type != "const" or op.outputs[0] in block.outputs:
+            continue
+        value = np.asarray(op.val.val)
+        if value.size > SMALL:
+            continue
+        variable = op.outputs[0]
+        known = first.setdefault((str(variable.dtype), value.shape, value.tobytes()), variable)
+        if known is not variable:
+            block.replace_uses_of_var_after_op(anchor_op=op, old_var=variable, new_var=known, no_check_var_types=True)
+            block.remove_ops([op])
 
 
 def make_pair(mb: Any, op: Any, value: Any, scale: np.float16) -> Any:
