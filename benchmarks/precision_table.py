@@ -5,7 +5,7 @@ bytes, and latency against the fp32 file of the format at the checkpoint's own 6
 the recipe `fast` for the three variants against the plain fp32 file, whose weights are random. Static files are
 calibrated on training digits. Ends with one JSON line.
 
-    python -m mvit_export.benchmarks.precision_table [FOLDER] [--threads 1] [--budget SECONDS]
+    python -m mvit_export.benchmarks.precision_table [FOLDER] [--to coreml onnx tflite] [--threads 1] [--budget SECONDS]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TIMED = ("onnx", "tflite")  # what can be timed off macOS
 
 
-def jobs() -> list[tuple[str, str, str | None]]:
+def jobs(formats: Sequence[str]) -> list[tuple[str, str, str | None]]:
     """(format, precision, recipe), fp32 first in each format, as the others are held against it."""
     found: list[tuple[str, str, str | None]] = []
-    for fmt in FORMATS.values():
+    for fmt in (FORMATS[name] for name in formats):
         for precision in sorted(fmt.precisions, key=lambda p: p != "fp32"):
             found += [(fmt.name, precision, name) for name in (NAMED if precision in WITH_RECIPE else (None,))]
     return found
@@ -60,12 +61,12 @@ def latency_ratio(base: str, path: str, *, threads: int, budget: float) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(ratio["median"], *ratio["interval"])
 
 
-def accuracy_table(folder: Path, *, threads: int, budget: float) -> list[dict[str, Any]]:
+def accuracy_table(folder: Path, formats: Sequence[str], *, threads: int, budget: float) -> list[dict[str, Any]]:
     training, held_out = digits(folder)
     source = ["--weights", str(EXAMPLES / "digits_xxs.safetensors"), "--image-size", "64"]
     rows: list[dict[str, Any]] = []
     base: dict[str, Any] = {}
-    for job in jobs():
+    for job in jobs(formats):
         fmt, precision, recipe = job
         made = export(source, folder / "digits", job, training)
         base = made if precision == "fp32" else base
@@ -90,11 +91,11 @@ def accuracy_line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def speed_table(folder: Path, *, threads: int, budget: float) -> list[dict[str, Any]]:
+def speed_table(folder: Path, formats: Sequence[str], *, threads: int, budget: float) -> list[dict[str, Any]]:
     training, _ = digits(folder)
     rows = []
     for variant in VARIANT_NAMES:
-        for fmt in TIMED:
+        for fmt in (name for name in formats if name in TIMED):
             source, out = ["--variant", variant, "--no-verify"], folder / "speed"
             base = export(source, out, (fmt, "fp32", None), None)
             made = export(source, out, (fmt, "int8", "fast"), training)
@@ -107,6 +108,7 @@ def speed_table(folder: Path, *, threads: int, budget: float) -> list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--to", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=20.0)
     arguments = parser.parse_args()
@@ -116,9 +118,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         print("| format | precision | recipe | size | of fp32 | top-1 | mean KL | latency of fp32's | parity |")
         print("|---" * 9 + "|")
-        accuracy = accuracy_table(folder, **measured)
+        accuracy = accuracy_table(folder, arguments.to, **measured)
         print("\n| variant | format | size of fp32's | latency of fp32's |\n|---|---|---|---|")
-        speed = speed_table(folder, **measured)
+        speed = speed_table(folder, arguments.to, **measured)
     print(json.dumps({"accuracy": accuracy, "speed": speed}))
 
 
