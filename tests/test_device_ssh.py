@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,7 +82,8 @@ class Server:
         assert self.process is not None
         for pid in descendants(self.process.pid):
             if b"sshd" in command_of(pid).split(b"\0")[0]:
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def client(self, **changes: str) -> Path:
         """A client's configuration file with the host `box`."""
@@ -131,8 +133,13 @@ def running(word: str) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
+    """Of a process that may end at any time."""
     found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return found
+    for child in children:
         found += [int(child), *descendants(int(child))]
     return found
 
