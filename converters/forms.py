@@ -21,13 +21,26 @@ def flatten_tokens(module: nn.Module, *, batched: bool) -> nn.Module:
 
     A head's q, k and v are then strided views of what the linear layers give, and its matrix products take them
     without a transpose; linear layers and norms work on a matrix, which ONNX Runtime runs better than a stack of them.
-    `batched` is False where the batch is always 1. Other networks come back as they are.
+    `batched` is False where the batch is always 1. Other networks, and blocks in which somebody replaced a part that is
+    written anew here, come back as they are.
     """
     module = copy.deepcopy(module)
     for path, block in list(module.named_modules()):
-        if isinstance(block, MobileViTBlock):
+        if path and isinstance(block, MobileViTBlock) and is_standard(block):
             module.set_submodule(path, FlatBlock(block, batched=batched))
     return module
+
+
+def is_standard(block: MobileViTBlock) -> bool:
+    """Whether what `FlatBlock` does not call but writes anew is as it was built: a subclass may compute otherwise."""
+    encoders: list[Any] = list(block.encoders)
+    parts: list[tuple[object, type]] = [(block, MobileViTBlock)]
+    for encoder in encoders:
+        parts += [(encoder, Encoder), (encoder.dropout, nn.Dropout), (encoder.attention, Attention)]
+        parts += [(encoder.attention.qkv, nn.Linear)]
+    return all(type(part) is kind for part, kind in parts) and all(
+        encoder.attention.qkv.bias is not None for encoder in encoders
+    )
 
 
 class FlatBlock(nn.Module):

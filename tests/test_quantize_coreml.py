@@ -274,6 +274,7 @@ def test_an_image_classifier_keeps_its_interface(tmp_path: Path, pictures: Path)
     (result,) = export(model, to="coreml", precision="int8", input="image", calibration=pictures, out=tmp_path)
     assert open_mil(result.artifact).labels == LABELS
     assert result.parity.status == "pass", result.parity.reason
+    assert result.parity.metrics.psnr_db > 25
 
 
 def test_several_sizes_share_the_ranges_of_the_first(tmp_path: Path, pictures: Path) -> None:
