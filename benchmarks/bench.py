@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -81,6 +81,7 @@ def run_bench(
     return report
 
 
+RESTLESS = "its threads never slept between rounds: they took time from the others"
 ROUNDS_ONLY = "each sample is the figure of one round, single runs are not known here: no percentiles"
 PHONE_RUNTIMES = ("litert:gpu", "litert:nnapi")
 Running = list[tuple[dict[str, Any], Probe | PhoneProbe]]  # the row of each loaded model
@@ -218,8 +219,18 @@ def figures(probe: Probe | PhoneProbe, series: Series) -> dict[str, Any]:
         "median_ms": series.median, "median_interval_ms": list(median_interval(series.rounds)),
         "samples_ms": series.samples, "samples_per_round": len(series.rounds[0]), "rounds": len(series.rounds),
         "settled": series.settled,
-        "warnings": [*([] if series.settled else [unsettled(series)]), *([] if probe.single_runs else [ROUNDS_ONLY])],
+        "warnings": list(doubts(probe, series)),
     }  # fmt: skip
+
+
+def doubts(probe: Probe | PhoneProbe, series: Series) -> Iterator[str]:
+    """What a figure's reader has to know."""
+    if not series.settled:
+        yield unsettled(series)
+    if not probe.single_runs:
+        yield ROUNDS_ONLY
+    if probe.restless:
+        yield RESTLESS
 
 
 def unsettled(series: Series) -> str:

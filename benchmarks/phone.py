@@ -17,6 +17,7 @@ class PhoneProbe:
 
     round_ms = 1000.0  # the tool starts anew for each: make it worth that
     single_runs = False
+    restless = False  # the tool ends after each round
 
     def __init__(self, setting: Setting, device: Adb, *, binary: Path | None) -> None:
         if setting.runtime == "pytorch":

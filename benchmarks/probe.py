@@ -24,6 +24,7 @@ class Probe:
 
     round_ms: float | None = None  # as the plan says
     single_runs = True  # each sample is one inference
+    restless = False  # whether its threads kept a core busy while the others were sampled
 
     def __init__(self, setting: Setting, device: Device, *, pin: bool = True) -> None:
         self.setting, self.device = setting, device
@@ -56,7 +57,9 @@ class Probe:
             raise ArtifactError(f"{path} fails in {runtime} at {do!r}: {printable(str(error), 300)}") from error
 
     def sample(self, count: int) -> Sequence[float]:
-        return self.ask("sample", count=count, timeout=SAMPLE_TIMEOUT)["ms"]
+        answer = self.ask("sample", count=count, timeout=SAMPLE_TIMEOUT)
+        self.restless = self.restless or answer.get("restless", False)
+        return answer["ms"]
 
     def finish(self) -> dict[str, float]:
         """Peak memory in MB and the time of a second load in ms; nothing is sampled after it."""

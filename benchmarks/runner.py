@@ -121,10 +121,10 @@ class Runner:
         gc.disable()
         try:
             self.time_one()
-            return {"ms": [self.time_one() for _ in range(count)]}
+            found: dict[str, Any] = {"ms": [self.time_one() for _ in range(count)]}
         finally:
             gc.enable()
-            become_idle()
+        return found if become_idle() else found | {"restless": True}
 
     def do_finish(self) -> dict[str, Any]:
         """Peak memory of the model (the process's, less the bare runtime's), then the time of a warm load."""
@@ -177,14 +177,18 @@ class Runner:
         return 1e3 * (self.clock() - start)
 
 
-def become_idle() -> None:
-    """Wait until this process uses no time: ONNX Runtime's threads spin for 40 ms after a run, on cores of others."""
+def become_idle() -> bool:
+    """Wait until this process uses no time: ONNX Runtime's threads spin for 40 ms after a run, on cores of others.
+
+    False where it never stops.
+    """
     end = time.monotonic() + IDLE_TIMEOUT
     while time.monotonic() < end:
         used = time.process_time()
         time.sleep(IDLE_STEP)
         if time.process_time() - used < IDLE_SHARE * IDLE_STEP:
-            return
+            return True
+    return False
 
 
 # Runtimes: each function takes the option behind the colon and gives (name, version, open(model) -> Opened)

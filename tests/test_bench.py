@@ -20,10 +20,12 @@ import pytest
 from mvit_export.artifact import read_artifact
 from mvit_export.benchmarks import bench as bench_module
 from mvit_export.benchmarks.baseline import Baseline
+from mvit_export.benchmarks.bench import RESTLESS, doubts
 from mvit_export.benchmarks.devices import Local
 from mvit_export.benchmarks.roofline import SIDE, WRITERS, measure_roofline
 from mvit_export.benchmarks.runner import Runner
 from mvit_export.benchmarks.settings import check_runtime, plan_settings
+from mvit_export.benchmarks.timing import Series
 from mvit_export.benchmarks.worker import RUNNER, RunError, Worker
 from mvit_export.errors import ArtifactError, DeviceError, UsageError
 
@@ -448,6 +450,34 @@ def test_runner_answers_when_its_runtime_has_gone_to_sleep():
     runner.call = call
     runner.do_sample(1)
     assert spun == [True, True], "an untimed run and a timed one"
+
+
+def test_runner_says_that_its_runtime_never_sleeps(monkeypatch):
+    monkeypatch.setattr("mvit_export.benchmarks.runner.IDLE_TIMEOUT", 0.05)
+    end = threading.Event()
+
+    def spin():
+        while not end.is_set():
+            pass
+
+    runner = Runner()
+    runner.call = lambda array: {}
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        assert runner.do_sample(1)["restless"] is True
+    finally:
+        end.set()
+        thread.join()
+    assert "restless" not in runner.do_sample(1)
+
+
+def test_restless_runtime_is_told_in_its_row():
+    class Restless:
+        single_runs, restless = True, True
+
+    series = Series(((1.0,),) * 30, settled=True, warmup=1)
+    assert list(doubts(Restless(), series)) == [RESTLESS]
 
 
 def test_runner_gives_what_the_runtime_gives(artifacts):

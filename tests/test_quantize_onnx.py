@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from mvit_export.converters.integers import (
 )
 from mvit_export.errors import ConversionError, UsageError
 from mvit_export.intermediates import onnx_modules
-from mvit_export.models.mobilevit import MobileViT
+from mvit_export.models.mobilevit import MobileViT, MobileViTBlock
 from mvit_export.parity import FAIL, PASS
 
 TINY_LINEARS = 9 * 4 + 1  # qkv, proj, expand, reduce in nine encoders; the classifier
@@ -328,6 +329,33 @@ def test_flat_tokens_change_nothing(size: tuple[int, int], batch: int, tiny_mode
 def test_other_networks_keep_their_form() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     assert repr(flatten_tokens(network, batched=False)) == repr(network)
+
+
+class Louder(MobileViTBlock):
+    """A user's own block, which computes something else with the same parts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_changed_blocks_keep_what_they_compute(tiny_model: Any) -> None:
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for change in ("class", "dropout"):
+        network = copy.deepcopy(tiny_model.module)
+        block = network.stages[2][1]
+        if change == "class":
+            block.__class__ = Louder
+        else:
+            block.encoders[0].dropout = nn.Hardtanh(-0.1, 0.1)
+        with torch.no_grad():
+            flat = flatten_tokens(network, batched=False)
+            torch.testing.assert_close(flat(x), network(x), rtol=0, atol=2e-5 * float(network(x).abs().max()))
+            assert type(flat.stages[2][1]) is type(block) and type(flat.stages[3][1]) is not MobileViTBlock
+
+
+def test_a_block_that_is_the_whole_network_keeps_its_form() -> None:
+    block = MobileViTBlock(16, 16, depth=1, patch=2, dropout=0.0)
+    assert repr(flatten_tokens(block, batched=False)) == repr(block)
 
 
 # Integers
