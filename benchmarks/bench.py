@@ -258,7 +258,7 @@ def flag_slower_siblings(running: Running, series: Sequence[Series]) -> None:
     }
     for (row, probe), found in zip(running, series, strict=True):
         sibling = full.get((row["model"], probe.setting.runtime))
-        if sibling is None or sibling is found or probe.setting.runtime == "pytorch":
+        if sibling is None or row["precision"] == "fp32" or probe.setting.runtime == "pytorch":
             continue
         against = ratio(found.rounds, sibling.rounds)
         if against.interval[0] > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvit_export.calibration import Calibration
-from mvit_export.formats import Target
+from mvit_export.formats import PLAIN, Target
 from mvit_export.models.load import LoadedModel, name_outputs
 from mvit_export.preprocessing import Preprocessing
 from mvit_export.recipes import Recipe
@@ -25,8 +25,9 @@ class Conversion:
     """One call of a converter. `metadata` goes into the file's own metadata fields."""
 
     model: LoadedModel
-    module: nn.Module  # the model's, with BatchNorm folded
+    module: nn.Module  # the model's, with BatchNorm folded, in the form below
     target: Target
+    form: str = PLAIN
     metadata: Mapping[str, str] = field(default_factory=dict)
     recipe: Recipe | None = None  # which parts lose bits, where the precision takes one
     calibration: Calibration | None = None  # where the precision is static

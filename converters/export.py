@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mvit_export import __version__, parity
 from mvit_export.artifact import (
@@ -33,9 +34,19 @@ from mvit_export.calibration import Calibration, open_calibration
 from mvit_export.cases import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, Case, make_cases, stored_case
 from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
+from mvit_export.converters.forms import take_form
 from mvit_export.converters.recipes import find_recipe, recipe_name
 from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
-from mvit_export.formats import CALIBRATED, FORMATS, FULL, Target, check_installed, check_size_count, plan_targets
+from mvit_export.formats import (
+    CALIBRATED,
+    FORMATS,
+    FULL,
+    PLAIN,
+    Target,
+    check_installed,
+    check_size_count,
+    plan_targets,
+)
 from mvit_export.models.load import LoadedModel, rebuild_model
 from mvit_export.runtimes import open_torch
 from mvit_export.staging import check_free, staged_directory
@@ -72,6 +83,7 @@ def export(
     dynamic_batch: bool = False,
     deployment_target: str | None = None,
     recipe: str | Path | None = None,
+    form: str | None = None,
     calibration: str | Path | None = None,
     calibration_method: str = "minmax",
     out: str | Path = "artifacts",
@@ -81,13 +93,14 @@ def export(
 ) -> tuple[ExportResult, ...]:
     """Write one artifact directory `out/NAME/FORMAT-PRECISION` per target, and check each against PyTorch.
 
-    `to` is a format, a list of them or "all"; `precision` None is each format's default. `on_step(target, step)` is
-    called with "convert" and "verify" for progress. Raises children of MvitExportError; a directory appears whole or
-    not at all, and those finished before an error stay.
+    `to` is a format, a list of them or "all"; `precision` and `form` None are each format's default.
+    `on_step(target, step)` is called with "convert" and "verify" for progress. Raises children of MvitExportError; a
+    directory appears whole or not at all, and those finished before an error stay.
     """
     targets = plan_targets(
         to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch,
         deployment_target=deployment_target, recipe=None if recipe is None else recipe_name(recipe),
+        form=form,
     )  # fmt: skip
     check_installed(targets)
     check_model_fits(model, targets)
@@ -104,7 +117,8 @@ def export(
         if on_step:
             on_step(target, "convert")
         learned = ranges if target.precision not in FULL else None
-        conversion = Conversion(model, folded, target, recipe=recipes[target], calibration=learned)
+        network, written_as = choose_network(model, folded, target)
+        conversion = Conversion(model, network, target, form=written_as, recipe=recipes[target], calibration=learned)
         artifact = write_artifact(conversion, folder / target.name, overwrite=overwrite)
         if on_step and verify:
             on_step(target, "verify")
@@ -125,6 +139,28 @@ def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
         if target.format == "coreml" and len(set(labels)) != len(labels):
             twice = next(label for i, label in enumerate(labels) if label in labels[:i])
             raise UsageError(f"label {twice!r} stands twice, which a Core ML classifier cannot tell apart; rename one")
+
+
+def choose_network(model: LoadedModel, folded: nn.Module, target: Target) -> tuple[nn.Module, str]:
+    """The network in the form that was asked for or is the default, and that form's name.
+
+    A network without a MobileViT block that could be rewritten keeps its form, and so does one with several sizes,
+    whose blocks are written for that. Raises UsageError where another was asked for.
+    """
+    form = target.form or target.default_form
+    batched = target.dynamic_batch or model.input_shapes[0][0] != 1
+    taken = None
+    if form != PLAIN and len(model.input_shapes) == 1:
+        example = torch.rand(model.input_shapes[0], generator=torch.Generator().manual_seed(0))
+        taken = take_form(folded, form, example, batched=batched)
+    if taken is None and target.form not in (None, PLAIN):
+        why = (
+            "takes one image size"
+            if len(model.input_shapes) > 1
+            else f"needs MobileViT blocks, {model.info.name} has none"
+        )
+        raise UsageError(f"--form {form} {why}; leave it out")
+    return (folded, PLAIN) if taken is None else (taken, form)
 
 
 def find_calibration(
@@ -151,7 +187,9 @@ def write_artifact(conversion: Conversion, place: Path, *, overwrite: bool) -> A
     model, target = conversion.model, conversion.target
     converter = importlib.import_module(CONVERTERS[target.format])
     tools = {name: importlib.metadata.version(name) for name in FORMATS[target.format].packages}
-    manifest = replace(draft_manifest(model, target, tools), quantization=describe_quantization(conversion))
+    manifest = replace(
+        draft_manifest(model, target, tools), quantization=describe_quantization(conversion), form=conversion.form
+    )
     with staged_directory(place, overwrite=overwrite) as staging:
         file = staging / (model.info.name + FORMATS[target.format].suffix)
         with conversion_errors(target):

@@ -18,7 +18,6 @@ from mvit_export.converters.capture import (
     baked_preprocessing,
     example_input,
 )
-from mvit_export.converters.forms import flatten_tokens
 from mvit_export.converters.quantize_onnx import quantize
 from mvit_export.errors import ConversionError, require
 
@@ -31,11 +30,9 @@ def convert(conversion: Conversion, path: Path) -> str:
     require("onnxscript", extra="onnx", purpose="to write ONNX files")
     target = conversion.target
     few_bits = target.precision not in ("fp32", "fp16")
-    network = conversion.module
-    if few_bits:
-        batched = target.dynamic_batch or conversion.model.input_shapes[0][0] != 1
-        network = flatten_tokens(network, batched=batched)
-    module = Exportable(network, preprocessing=baked_preprocessing(conversion), half=target.precision == "fp16")
+    module = Exportable(
+        conversion.module, preprocessing=baked_preprocessing(conversion), half=target.precision == "fp16"
+    )
     # The exporter fixes a batch axis that it sees as 1, so a dynamic one is traced at 2.
     example = example_input(conversion, batch=2 if target.dynamic_batch else None)
     program = torch.onnx.export(

@@ -24,7 +24,7 @@ import numpy as np
 
 from mvit_export.errors import ArtifactError, UsageError
 from mvit_export.files import write_whole
-from mvit_export.formats import FORMATS, Target
+from mvit_export.formats import FORMATS, PLAIN, Target
 from mvit_export.preprocessing import Preprocessing
 
 SCHEMA_VERSION = 1
@@ -97,6 +97,8 @@ class Manifest:
     created: str
     schema_version: int = SCHEMA_VERSION
     quantization: Mapping[str, Any] | None = None  # recipe and calibration, where the precision takes them
+    form: str = PLAIN  # how the network's blocks are written, see converters/forms
+    tuning: Mapping[str, Any] | None = None  # what `tune --latency` measured before it chose this form
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -124,6 +126,8 @@ class Manifest:
             created=data["created"],
             schema_version=data["schema_version"],
             quantization=data.get("quantization"),
+            form=data.get("form", PLAIN),
+            tuning=data.get("tuning"),
         )
 
 

@@ -112,6 +112,9 @@ def export(
     ] = None,
     calibration_method: Annotated[str, typer.Option(help="Ranges by minmax, percentile or entropy.")] = "minmax",
     recipe: Annotated[str | None, typer.Option(help="For int8: accurate, fast, small or FILE.toml (accurate).")] = None,
+    form: Annotated[
+        str | None, typer.Option(help="How MobileViT's blocks are written, e.g. plain; a wrong one lists them.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder that receives NAME/FORMAT-PRECISION.")] = Path("artifacts"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that exist.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check each file against PyTorch.")] = True,
@@ -125,7 +128,7 @@ def export(
 
     conversion = {
         "to": to, "precision": precision, "input": input, "opset": opset, "dynamic_batch": dynamic_batch,
-        "deployment_target": deployment_target,
+        "deployment_target": deployment_target, "form": form,
     }  # fmt: skip
     with session(as_json, quiet, verbose) as terminal:
         from mvit_export.converters.recipes import recipe_name

@@ -21,6 +21,7 @@ class Format:
     packages: Mapping[str, str] = field(hash=False)  # distribution: module; what writing takes, the extra's contents
     options: tuple[str, ...] = ()  # export options that only some formats take
     max_sizes: int = 1  # image sizes that one file can declare
+    forms: tuple[str, ...] = ("plain",)  # what a MobileViT's blocks can be written as; the first is the default
 
 
 # fmt: off
@@ -30,16 +31,19 @@ FORMATS = {
         ("fp16", "fp32", "int8-weight", "int8", "int4-weight", "palette8", "palette6", "palette4"),
         {"torch": "torch", "coremltools": "coremltools"}, ("deployment_target",),
         max_sizes=128,  # Apple's guide on flexible inputs
+        forms=("plain", "channels"),
     ),
     "onnx": Format(
         "onnx", "ONNX", ".onnx", ("fp32", "fp16", "int8-weight", "int8-dynamic", "int8", "int4-weight"),
         {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("opset", "dynamic_batch"),
+        forms=("flat", "plain"),
     ),
     "tflite": Format(
         "tflite", "TFLite", ".tflite",
         ("fp32", "fp16", "int8-weight", "int8-dynamic", "int8", "int16", "int4-weight"),
         {"torch": "torch", "litert-torch": "litert_torch", "ai-edge-litert": "ai_edge_litert",
          "ai-edge-quantizer": "ai_edge_quantizer"},
+        forms=("patches", "winograd", "channels", "plain"),
     ),
 }
 # fmt: on
@@ -55,6 +59,8 @@ DEPLOYMENT_LEAST = {
     "int4-weight": "iOS18",
 }  # fmt: skip
 DEFAULT_RECIPE = "accurate"
+PLAIN = "plain"  # the form of the network as it was written
+FEW_BIT_FORMS = {"onnx": "flat"}  # recipes speak of the plain network's layers elsewhere
 INPUT_KINDS = ("tensor", "image")
 
 
@@ -69,12 +75,21 @@ class Target:
     dynamic_batch: bool = False  # ONNX only
     deployment_target: str | None = None  # Core ML only
     recipe: str | None = None  # its name, where the precision takes one
+    form: str | None = None  # the one that was asked for, if any; the manifest says which it became
 
     @property
     def name(self) -> str:
-        """The artifact's directory name, e.g. `coreml-fp16`, `tflite-int8`, `tflite-int8-fast`."""
-        suffix = f"-{self.recipe}" if self.recipe not in (None, DEFAULT_RECIPE) else ""
-        return f"{self.format}-{self.precision}{suffix}"
+        """The artifact's directory name, e.g. `coreml-fp16`, `tflite-int8`, `tflite-int8-fast`, `tflite-fp32-plain`."""
+        recipe = f"-{self.recipe}" if self.recipe not in (None, DEFAULT_RECIPE) else ""
+        form = f"-{self.form}" if self.form not in (None, self.default_form) else ""
+        return f"{self.format}-{self.precision}{recipe}{form}"
+
+    @property
+    def default_form(self) -> str:
+        """What a MobileViT is written as where nothing was asked for."""
+        if self.precision in FULL:
+            return FORMATS[self.format].forms[0]
+        return FEW_BIT_FORMS.get(self.format, PLAIN)
 
 
 def choose(value: str, choices: Iterable[str], *, what: str) -> str:
@@ -103,6 +118,7 @@ def plan_targets(
     dynamic_batch: bool = False,
     deployment_target: str | None = None,
     recipe: str | None = None,
+    form: str | None = None,
 ) -> tuple[Target, ...]:
     """Turn what a user asked for into targets, refusing every impossible combination before any work.
 
@@ -136,9 +152,18 @@ def plan_targets(
                     dynamic_batch=dynamic_batch and fmt.name == "onnx",
                     deployment_target=choose_deployment(deployment_target, p) if fmt.name == "coreml" else None,
                     recipe=(recipe or DEFAULT_RECIPE) if p in WITH_RECIPE else None,
+                    form=None if form is None else choose_form(form, fmt, p),
                 )
             )
     return tuple(targets)
+
+
+def choose_form(asked: str, fmt: Format, precision: str) -> str:
+    """The form that was asked for. Refuses one that the format has not, or that fewer bits were not tried in."""
+    form = choose(asked, fmt.forms, what=f"{fmt.title} form")
+    if precision not in FULL:
+        raise UsageError(f"--form is for {' and '.join(FULL)}, not for {precision}, whose form is fixed; leave it out")
+    return form
 
 
 def choose_opset(asked: int | None, precision: str) -> int:

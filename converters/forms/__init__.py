@@ -1,0 +1,77 @@
+"""The forms of a MobileViT: the same function, another order of the same sums, as a runtime likes it best.
+
+Every form keeps the paths of modules with weights, which recipes and `verify --locate` speak of. Which form a format
+takes by default stands in `formats.FORMS`, with what it measured in the README.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mvit_export.converters.forms.algebra import (
+    centre_stream,
+    fold_norm_affine,
+    move_value_bias,
+    scale_queries,
+)
+from mvit_export.converters.forms.blocks import OpenBlock, is_standard
+from mvit_export.converters.forms.flat import FlatBlock
+from mvit_export.converters.forms.patches import PatchesBlock
+from mvit_export.errors import ConversionError
+from mvit_export.models.load import name_outputs
+
+TOLERANCE = 1e-5  # of the largest output, as parity has it in fp32; rounding alone gives 5e-7
+
+
+@dataclass(frozen=True)
+class Form:
+    """Passes over each block's weights, in this order, then the layout: (block, whether the batch may not be 1)."""
+
+    passes: tuple[Callable[[OpenBlock], None], ...]
+    layout: Callable[[OpenBlock, bool], nn.Module]
+
+
+FORMS = {
+    "flat": Form((scale_queries,), lambda block, batched: FlatBlock(block, batched=batched)),
+    "patches": Form(
+        (scale_queries, fold_norm_affine, move_value_bias, centre_stream), lambda block, _: PatchesBlock(block)
+    ),
+}
+
+
+def take_form(network: nn.Module, form: str, example: Tensor, *, batched: bool = True) -> nn.Module | None:
+    """A copy of a network, its BatchNorms folded, whose MobileViT blocks have this form; None if it has no such block.
+
+    Blocks in which somebody replaced a part keep the form they have. `batched` is False where the batch is always 1.
+    Both networks run once on `example`. Raises ConversionError where they differ.
+    """
+    formed, chosen = copy.deepcopy(network), FORMS[form]
+    blocks = [(path, block) for path, block in formed.named_modules() if path and is_standard(block)]
+    for path, block in blocks:
+        opened = OpenBlock(block)
+        for rewrite in chosen.passes:
+            rewrite(opened)
+        formed.set_submodule(path, chosen.layout(opened, batched))
+    if not blocks:
+        return None
+    check_same(network, formed, example, form)
+    return formed
+
+
+@torch.no_grad()
+def check_same(network: nn.Module, formed: nn.Module, example: Tensor, form: str) -> None:
+    """A network around the blocks may reach into them, which no look at the blocks alone can tell."""
+    for name, expected in name_outputs(network(example)).items():
+        found, scale = name_outputs(formed(example))[name], float(expected.abs().max())
+        error = float((found - expected).abs().max()) / scale if found.shape == expected.shape else math.inf
+        if not error <= TOLERANCE:
+            raise ConversionError(
+                f"form {form} changes the output {name!r} of this network by {error:.1e} of its scale, "
+                f"expected at most {TOLERANCE:g}; pass --form plain"
+            )

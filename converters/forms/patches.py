@@ -1,0 +1,103 @@
+"""Tokens as a stack of patches, channels last, for XNNPACK, LiteRT's kernels for CPUs: (P * B, N, d), P outermost.
+
+Everything between the two dense convolutions of a block has channels last, as all of LiteRT has: 1x1 convolutions are
+linear layers on the innermost axis, unfold and fold one transpose each that moves whole rows of d numbers.
+Letters as in models/mobilevit.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvit_export.converters.forms.blocks import OpenAttention, OpenBlock, OpenEncoder
+from mvit_export.models.mobilevit import HEADS, ConvNormAct, resize
+
+
+class PatchesBlock(nn.Module):
+    def __init__(self, block: OpenBlock) -> None:
+        super().__init__()
+        self.patch = block.patch
+        self.local, self.fuse, self.norm = block.local, block.fuse, block.norm
+        self.to_tokens, self.from_tokens = Pointwise(block.to_tokens), PointwiseNormAct(block.from_tokens)
+        self.encoders = nn.ModuleList(PatchesEncoder(encoder) for encoder in block.encoders)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.to_tokens(self.local(x).permute(0, 2, 3, 1))  # (B, H, W, d)
+        (h, w), p = y.shape[1:3], self.patch
+        nh, nw = math.ceil(h / p), math.ceil(w / p)
+        tokens = self.unfold(resize_last(y, (nh * p, nw * p)), nh, nw)  # (P*B, N, d)
+        for encoder in self.encoders:
+            tokens = encoder(tokens)
+        y = self.fold(self.norm(tokens), nh, nw)  # (B, H', W', d)
+        y = self.from_tokens(resize_last(y, (h, w))).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return self.fuse(torch.cat((x, y), dim=1))
+
+    def unfold(self, y: Tensor, nh: int, nw: int) -> Tensor:
+        p, d = self.patch, y.shape[-1]
+        y = y.reshape(-1, p, nw, p, d).permute(1, 3, 0, 2, 4)  # (ph, pw, B*nh, nw, d)
+        return y.reshape(-1, nh * nw, d)  # (P*B, N, d)
+
+    def fold(self, tokens: Tensor, nh: int, nw: int) -> Tensor:
+        p, d = self.patch, tokens.shape[-1]
+        rows = tokens.reshape(p, p, -1, nw, d).permute(2, 0, 3, 1, 4)  # (B*nh, ph, nw, pw, d)
+        return rows.reshape(-1, nh * p, nw * p, d)
+
+
+def resize_last(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """`resize` of (B, H, W, C)."""
+    if tuple(x.shape[1:3]) == size:
+        return x
+    return resize(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution as a linear layer on the last axis: (..., C_in) -> (..., C_out)."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.detach().flatten(1))  # (C_out, C_in)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class PointwiseNormAct(nn.Module):
+    """`ConvNormAct` of a 1x1 convolution, whose BatchNorm was folded, on the last axis."""
+
+    def __init__(self, layer: ConvNormAct) -> None:
+        super().__init__()
+        self.conv, self.act = Pointwise(layer.conv), layer.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+class PatchesEncoder(nn.Module):
+    def __init__(self, encoder: OpenEncoder) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = encoder.norm1, encoder.norm2, encoder.mlp
+        self.attention = PatchesAttention(encoder.attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchesAttention(nn.Module):
+    """Between the N tokens of each place in a patch: (P*B, N, d) -> (P*B, N, d)."""
+
+    def __init__(self, attention: OpenAttention) -> None:
+        super().__init__()
+        self.head_dim = attention.head_dim
+        self.qkv, self.proj = attention.qkv, attention.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, d = x.shape[1:]
+        q, k, v = (part.reshape(-1, count, HEADS, self.head_dim) for part in self.qkv(x))  # (P*B, N, heads, d/heads)
+        weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(dim=-1)  # (P*B, heads, N, N)
+        return self.proj((weights @ v.transpose(1, 2)).transpose(1, 2).reshape(-1, count, d))
