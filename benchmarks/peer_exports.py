@@ -3,7 +3,7 @@
 The libraries are called with their defaults, save what names the input `image` and the output `logits`, and what keeps
 the file in fp32. Ends with exit code 3 and one line on stderr where a library is not there.
 
-    python -m mvit_export.benchmarks.peer_exports timm-torch.onnx xxs WEIGHTS FOLDER [--size 256] [--onnx2tf-python FILE]
+    python -m mvit_export.benchmarks.peer_exports timm-torch.onnx xxs WEIGHTS FOLDER [--size 256]
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def export_onnx2tf(export: Export) -> None:
     check_onnx2tf(export.onnx2tf_python)
     source, made = export.file.with_suffix(".onnx"), export.file.parent / "onnx2tf"
     export_onnx(Export(export.network, export.image, source))
-    command = [export.onnx2tf_python, "-m", "onnx2tf", "-i", source, "-o", made, "-kat", "image"]
+    command = [export.onnx2tf_python, "-m", "onnx2tf", "-i", str(source), "-o", str(made), "-kat", "image"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"onnx2tf failed: {error_line(done.stdout)}")

@@ -7,6 +7,7 @@ so that whatever reads artifacts takes it.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,15 @@ def make_files(source: Source, fmt: str, making: Making) -> Iterator[File]:
     for peer in PEERS:
         if peer.format == fmt:
             yield judge(export_peer(peer, source, like, making))
+
+
+def kept_files(record: Path) -> Iterator[File]:
+    """Those of an earlier run, with what their exports took; judged again, as everything is before it is timed."""
+    try:
+        rows = json.loads(record.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{record} cannot be read: {error.strerror}; run once without --no-export") from error
+    yield from (judge(File(**row)) for row in rows)
 
 
 def forms_of(fmt: str, asked: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ TOLERANCE = 1e-5  # of the largest logit: fp32 rounding of another order of oper
 
 def state_of(state: Mapping[str, Tensor], family: str, config: MobileViTConfig) -> dict[str, Tensor]:
     """Our `state` in the names of `family`, the inverse of `map_state`: a fused qkv is cut where theirs is in parts."""
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for key, parts in key_table(family, config).items():
         tensors = state[key].chunk(len(parts)) if len(parts) > 1 else (state[key],)
         renamed |= {name: tensor.contiguous() for name, tensor in zip(parts, tensors, strict=True)}

@@ -8,6 +8,7 @@ off macOS. Ends with one JSON line, unless --json takes it.
 
     python -m mvit_export.benchmarks.peers [FOLDER] [--variants xxs xs s] [--formats onnx tflite coreml]
         [--threads 1 2] [--budget SECONDS] [--forms default,onnx:flat] [--onnx2tf-python FILE] [--json FILE]
+    python -m mvit_export.benchmarks.peers FOLDER --no-export        # times what an earlier run left there, once more
 
 Of several forms of ours, the first one is held against each peer, and every one against the fastest peer.
 """
@@ -28,7 +29,7 @@ import numpy as np
 from mvit_export import parity
 from mvit_export.artifact import write_json
 from mvit_export.benchmarks.bench import MEASURED, Options, run_bench
-from mvit_export.benchmarks.peer_files import DEFAULT, File, Making, make_files, prepare
+from mvit_export.benchmarks.peer_files import DEFAULT, File, Making, kept_files, make_files, prepare
 from mvit_export.benchmarks.peer_tables import file_table, latency_table
 from mvit_export.benchmarks.timing import Plan, Ratio, ratio
 from mvit_export.formats import FORMATS, split_list
@@ -121,9 +122,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     files: list[File] = []
     timings: list[Timing] = []
     for variant in arguments.variants:
-        source = prepare(variant, folder / variant, arguments.size)
+        source = None if arguments.no_export else prepare(variant, folder / variant, arguments.size)
         for fmt in arguments.formats:
-            made = list(tell(make_files(source, fmt, making)))
+            record = folder / variant / f"{fmt}.json"
+            made = list(tell(make_files(source, fmt, making) if source else kept_files(record)))
+            write_json(record, [asdict(file) for file in made])
             files += made
             if fmt in TIMED:
                 timings += time_files(made, arguments.threads, Plan(budget_s=arguments.budget))
@@ -139,7 +142,7 @@ def tell(files: Iterator[File]) -> Iterator[File]:
         yield file
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="where files are kept")
     parser.add_argument("--variants", nargs="+", choices=VARIANT_NAMES, default=list(VARIANT_NAMES))
@@ -150,8 +153,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=256, help="of the image")
     parser.add_argument("--export-runs", type=int, default=1, help="the median counts")
     parser.add_argument("--onnx2tf-python", default=sys.executable, help="Python of an environment that has onnx2tf")
+    parser.add_argument("--no-export", action="store_true", help="take the files that are in FOLDER")
     parser.add_argument("--json", type=Path, help="where the document goes, in place of the last line")
-    return parser.parse_args(arguments)
+    arguments = parser.parse_args(given)
+    if arguments.no_export and not arguments.folder:
+        parser.error("--no-export needs the FOLDER of an earlier run")
+    return arguments
 
 
 def main(given: Sequence[str] | None = None) -> None:
