@@ -119,6 +119,7 @@ def export_onnx2tf(export: Export) -> None:
 
 
 def check_onnx2tf(python: str) -> None:
+    """Version 2 takes Python 3.12; the last for older ones, 1.29, fails at the LayerNormalization of timm's file."""
     if python == sys.executable:
         found = importlib.util.find_spec("onnx2tf") is not None
     else:

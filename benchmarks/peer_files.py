@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mvit_export.preprocessing import FAMILY_PREPROCESSING
 from mvit_export.staging import staged_directory
 
 OURS = "mvit-export"
+VERDICTS = (0, 1, 3)  # exit codes of a command that wrote its file, whatever its check said: that is judged here
 DEFAULT = "default"  # the form that a format has where none is asked for
 CHECK_SIZE = 96  # of the images for comparing logits in PyTorch: the weights are the same at any
 
@@ -67,6 +68,7 @@ class File:
     export_mb: float | None = None
     verified_s: float | None = None
     verified_mb: float | None = None
+    tools: Mapping[str, str] | None = None  # versions
 
 
 @dataclass(frozen=True)
@@ -132,28 +134,31 @@ def forms_of(fmt: str, asked: Sequence[str]) -> list[str]:
 
 
 def export_ours(source: Source, fmt: str, form: str, runs: int) -> File:
-    """The default by the command itself, with and without verification; another form by the function, unmeasured."""
+    """The default by the command itself, with and without verification; another form by the function, its cost unknown.
+
+    A form that this format does not have is NOT-RUN.
+    """
     blank = File(source.variant, fmt, OURS if form == DEFAULT else f"{OURS} ({form})", ours=True)
     if form == DEFAULT:
         return export_default(blank, source, runs)
     try:
         return replace(blank, place=str(export_form(source, fmt, form).path))
-    except UsageError as error:  # not a form of this format
+    except UsageError as error:
         return replace(blank, reason=str(error))
 
 
 def export_default(blank: File, source: Source, runs: int) -> File:
-    out = source.folder / DEFAULT
     command = [
         sys.executable, "-m", "mvit_export", "export", "--to", blank.format, "--precision", "fp32", "--overwrite",
-        "--weights", str(source.weights[OURS]), "--image-size", str(source.size), "--out", str(out),
+        "--weights", str(source.weights[OURS]), "--image-size", str(source.size),
+        "--out", str(source.folder / DEFAULT), "--json",
     ]  # fmt: skip
     bare, verified = typical([*command, "--no-verify"], runs), typical(command, runs)
-    if bare.code or verified.code not in (0, 1, MISSING):  # a failed check is found again when the file is judged
+    if bare.code or verified.code not in VERDICTS:
         return failed(blank, bare if bare.code else verified)
+    (row,) = json.loads(verified.out)["artifacts"]
     return replace(
-        blank, place=str(out / f"mobilevit_{source.variant}" / f"{blank.format}-fp32"),
-        export_s=bare.seconds, export_mb=bare.peak_rss_mb,
+        blank, place=row["path"], export_s=bare.seconds, export_mb=bare.peak_rss_mb,
         verified_s=verified.seconds, verified_mb=verified.peak_rss_mb,
     )  # fmt: skip
 
@@ -216,13 +221,9 @@ def versions(peer: Peer, onnx2tf_python: str) -> dict[str, str]:
 
 
 def typical(command: Sequence[str], runs: int) -> Cost:
-    """The run of median time, or the first that fails."""
-    costs = []
-    for _ in range(runs):
-        costs.append(cost_of(command))
-        if costs[-1].code:
-            return costs[-1]
-    return sorted(costs, key=lambda cost: cost.seconds)[len(costs) // 2]
+    """The run of median time."""
+    costs = sorted((cost_of(command) for _ in range(runs)), key=lambda cost: cost.seconds)
+    return costs[len(costs) // 2]
 
 
 def failed(blank: File, cost: Cost) -> File:
@@ -239,13 +240,13 @@ def judge(file: File) -> File:
     """Parity with our PyTorch reference; size and operators as the file has them."""
     if file.place is None:
         return file
-    artifact = read_artifact(Path(file.place))
     try:
+        artifact = read_artifact(Path(file.place))
         verdicts = parity.verify(artifact.path)
-    except ArtifactError as error:  # its runtime rejects it
-        return replace(file, status=parity.FAIL, reason=str(error), bytes=artifact.model_bytes)
+    except ArtifactError as error:  # it was changed, or its runtime rejects it
+        return replace(file, status=parity.FAIL, reason=str(error), psnr_db=None)
     return replace(
         file, status=parity.overall_status(verdicts), reason="; ".join(v.reason for v in verdicts if v.reason),
-        psnr_db=min((v.metrics.psnr_db for v in verdicts if v.metrics), default=None),
-        bytes=artifact.model_bytes, operators=inspect_artifact(artifact)["operator_count"],
+        psnr_db=min((v.metrics.psnr_db for v in verdicts if v.metrics), default=None), bytes=artifact.model_bytes,
+        operators=inspect_artifact(artifact)["operator_count"], tools=dict(artifact.manifest.tools),
     )  # fmt: skip

@@ -62,19 +62,20 @@ class Timing:
     ours_to_it: Ratio | None = None
 
 
-def time_files(files: Sequence[File], threads: Sequence[int], plan: Plan) -> list[Timing]:
-    """The files of one variant and format, those that are right in one interleaved run for each number of threads."""
-    places = {file.name: str(file.place) for file in files if file.status == parity.PASS}
-    if not places:
-        return [timing for count in threads for timing in time_rows(files, count, {})]
-    report = run_bench(
-        [Path(place) for place in places.values()], threads=threads, options=Options(plan, roofline=False)
-    )
+def time_files(files: Sequence[File], threads: Sequence[int], plan: Plan) -> tuple[list[Timing], dict[str, Any]]:
+    """The files of one variant and format, those that are right in one interleaved run for each number of threads.
+
+    With them the environment, as the harness tells it.
+    """
+    names = {str(file.place): file.name for file in files if file.status == parity.PASS}
+    report: dict[str, Any] = {"results": [], "environment": {}}
+    if names:
+        report = run_bench([Path(place) for place in names], threads=threads, options=Options(plan, roofline=False))
     timings: list[Timing] = []
     for count in threads:
-        rows = {row["path"]: row for row in report["results"] if row["threads"] == count}
-        timings += time_rows(files, count, {name: rows[place] for name, place in places.items()})
-    return timings
+        rows = {names[row["path"]]: row for row in report["results"] if row["threads"] == count}
+        timings += time_rows(files, count, rows)
+    return timings, report["environment"]
 
 
 def time_rows(files: Sequence[File], threads: int, rows: Mapping[str, dict[str, Any]]) -> list[Timing]:
@@ -121,6 +122,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     making = Making(split_list(arguments.forms), arguments.export_runs, arguments.onnx2tf_python)
     files: list[File] = []
     timings: list[Timing] = []
+    environment: dict[str, Any] = {}
     for variant in arguments.variants:
         source = None if arguments.no_export else prepare(variant, folder / variant, arguments.size)
         for fmt in arguments.formats:
@@ -129,9 +131,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             write_json(record, [asdict(file) for file in made])
             files += made
             if fmt in TIMED:
-                timings += time_files(made, arguments.threads, Plan(budget_s=arguments.budget))
+                timed, environment[fmt] = time_files(made, arguments.threads, Plan(budget_s=arguments.budget))
+                timings += timed
     return {
-        "size": arguments.size, "budget_s": arguments.budget, "export_runs": making.runs,
+        "environment": environment, "size": arguments.size, "budget_s": arguments.budget, "export_runs": making.runs,
         "files": [asdict(file) for file in files], "timings": [asdict(timing) for timing in timings],
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from mvit_export.benchmarks.peer_files import File, Making, Source, export_peer,
 from mvit_export.benchmarks.peer_models import build_network, check_same_logits, state_of
 from mvit_export.benchmarks.peer_tables import file_table, latency_table
 from mvit_export.benchmarks.timing import Plan
-from mvit_export.errors import ArtifactError, WeightsError
+from mvit_export.errors import ArtifactError, UsageError, WeightsError
 from mvit_export.models.mobilevit import VARIANTS, create_mobilevit
 from mvit_export.weight_names import FAMILIES, map_state
 
@@ -118,7 +119,7 @@ def fake_bench(timed: list[str]) -> Callable[..., dict[str, Any]]:
     def run_bench(paths, *, threads, options) -> dict[str, Any]:
         timed.extend(path.name for path in paths)
         rows = [bench_row(str(path), count, 10.0 + index) for count in threads for index, path in enumerate(paths)]
-        return {"results": rows}
+        return {"results": rows, "environment": {"device": "local"}}
 
     return run_bench
 
@@ -136,8 +137,8 @@ def test_a_wrong_weight_is_found_and_not_timed(wrapped, monkeypatch: pytest.Monk
     assert wrong.status == "fail" and "max error" in wrong.reason
     timed: list[str] = []
     monkeypatch.setattr(peers, "run_bench", fake_bench(timed))
-    first, second = peers.time_files([right, wrong], [1], Plan())
-    assert timed == ["right"]
+    (first, second), environment = peers.time_files([right, wrong], [1], Plan())
+    assert (timed, environment) == (["right"], {"device": "local"})
     assert (first.status, first.median_ms) == ("pass", 10.0)
     assert (second.status, second.reason, second.median_ms) == ("fail", wrong.reason, None)
 
@@ -169,7 +170,7 @@ def test_a_missing_library_is_not_run(
     file = export_peer(PEERS[0], source, read_artifact(tiny_artifact("onnx")), Making())
     assert (file.name, file.status) == ("timm -> torch.onnx", "not-run")
     assert "timm does not import" in file.reason
-    (timing,) = peers.time_files([file], [1], Plan())
+    (timing,), _ = peers.time_files([file], [1], Plan())
     assert (timing.status, timing.reason) == (file.status, file.reason)
 
 
@@ -200,15 +201,33 @@ def test_forms_of_a_format() -> None:
     assert forms_of("coreml", ["onnx:flat"]) == ["default"]
 
 
-def test_only_another_form_is_asked_for(monkeypatch: pytest.MonkeyPatch, source: Source) -> None:
+def test_a_form_goes_to_the_exporter(monkeypatch: pytest.MonkeyPatch, source: Source) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(peer_files, "export", lambda model, **options: asked.append(options) or [])
-    with pytest.raises(ValueError, match="unpack"):
-        peer_files.export_ours(source, "onnx", "flat", 1)
-    assert asked[0]["form"] == "flat"
-    monkeypatch.setattr(peer_files, "cost_of", lambda command: asked.append(command) or Cost(2, 1.0, 1.0, "", "no"))
-    assert peer_files.export_ours(source, "onnx", "default", 1).status == "fail"
-    assert not any("form" in word for word in asked[1])
+    result = SimpleNamespace(artifact=SimpleNamespace(path="place"))
+    monkeypatch.setattr(peer_files, "export", lambda model, **options: asked.append(options) or [result])
+    file = peer_files.export_ours(source, "onnx", "flat", 1)
+    assert (file.name, file.place, asked[0]["form"]) == ("mvit-export (flat)", "place", "flat")
+
+    def refuse(model, **options):
+        raise UsageError("no such form")
+
+    monkeypatch.setattr(peer_files, "export", refuse)
+    file = peer_files.export_ours(source, "onnx", "flat", 1)
+    assert (file.status, file.reason) == ("not-run", "no such form")
+
+
+def test_the_default_form_is_the_commands_own(monkeypatch: pytest.MonkeyPatch, source: Source) -> None:
+    asked: list[list[str]] = []
+    seconds = iter([3.0, 1.0, 2.0, 6.0, 4.0, 5.0])
+    out = json.dumps({"artifacts": [{"path": "place"}]})
+    finished = lambda command: asked.append(command) or Cost(0, next(seconds), 1.0, out, "")  # noqa: E731
+    monkeypatch.setattr(peer_files, "cost_of", finished)
+    file = peer_files.export_ours(source, "onnx", "default", 3)
+    assert (file.place, file.export_s, file.verified_s) == ("place", 2.0, 5.0)
+    assert ["--no-verify" in command for command in asked] == [True] * 3 + [False] * 3
+    assert not any("form" in word for command in asked for word in command)
+    monkeypatch.setattr(peer_files, "cost_of", lambda command: Cost(2, 1.0, 1.0, "", "error: no disk"))
+    assert peer_files.export_ours(source, "onnx", "default", 1).reason == "the export failed: error: no disk"
 
 
 # What it costs
