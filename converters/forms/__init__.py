@@ -22,7 +22,9 @@ from mvit_export.converters.forms.algebra import (
 )
 from mvit_export.converters.forms.blocks import OpenBlock, is_standard
 from mvit_export.converters.forms.flat import FlatBlock
+from mvit_export.converters.forms.lanes import cut_lanes
 from mvit_export.converters.forms.patches import PatchesBlock
+from mvit_export.converters.forms.winograd import WinogradBlock
 from mvit_export.errors import ConversionError
 from mvit_export.models.load import name_outputs
 
@@ -37,11 +39,11 @@ class Form:
     layout: Callable[[OpenBlock, bool], nn.Module]
 
 
+TOKENS_LAST = (scale_queries, fold_norm_affine, move_value_bias, centre_stream)
 FORMS = {
     "flat": Form((scale_queries,), lambda block, batched: FlatBlock(block, batched=batched)),
-    "patches": Form(
-        (scale_queries, fold_norm_affine, move_value_bias, centre_stream), lambda block, _: PatchesBlock(block)
-    ),
+    "patches": Form((*TOKENS_LAST, cut_lanes), lambda block, _: PatchesBlock(block)),
+    "winograd": Form(TOKENS_LAST, lambda block, _: WinogradBlock(block)),
 }
 
 
