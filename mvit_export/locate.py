@@ -1,8 +1,8 @@
 """Where does a saved file leave the PyTorch model? The first layer whose output differs, by its module path.
 
-The reference runs with a hook on every module; the file's own tensors come from `intermediates.py`. A module's output
-is looked for among the file's tensors of that module, in any usual layout. A file need not have all of them: what a
-converter fused or dissolved is passed over.
+The reference runs with a hook on every module, in the form that the file was written in; the file's own tensors come
+from `intermediates.py`. A module's output is looked for among the file's tensors of that module, in any usual layout. A
+file need not have all of them: what a converter fused or dissolved is passed over.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from mvit_export.artifact import Artifact
 from mvit_export.cases import cases_of
+from mvit_export.formats import PLAIN
 from mvit_export.intermediates import Intermediate, read_intermediates
 from mvit_export.recording import Call, ancestors, record
 
@@ -186,8 +187,13 @@ def locate(
     from mvit_export.models.load import rebuild_model
 
     manifest = artifact.manifest
+    network = rebuild_model(manifest, weights=weights).module
+    if manifest.form != PLAIN:
+        from mvit_export.converters.forms import write_as
+
+        network = write_as(network, manifest)
     (chosen,) = [item for item in cases_of(artifact) if item.name == case]
-    recorder = record(rebuild_model(manifest, weights=weights).module, chosen.model_input)
+    recorder = record(network, chosen.model_input)
     intermediates = read_intermediates(artifact, chosen.artifact_input, recorder.chains)
     found = first_divergence(recorder.calls, intermediates, max_rel, passed=passed)
     return None if found is None else replace(found, case=case)

@@ -154,10 +154,13 @@ FUSED = {("tflite", change_activation_after_norm), ("tflite", shift_queries)}
 
 
 def export_mutant(model: Any, mutate: Callable[[nn.Module], None], fmt: str, out: Path, **options: Any) -> Path:
-    """An artifact whose file holds the mutant while its manifest tells of the original."""
+    """An artifact whose file holds the mutant, in the form it was written in, while its manifest tells of the original.
+
+    A changed block would keep that form in any case, while the original would be compared in another.
+    """
     module = copy.deepcopy(model.module)
     mutate(module)
-    (result,) = export(replace(model, module=module), to=fmt, out=out, verify=False, **options)
+    (result,) = export(replace(model, module=module), to=fmt, form="plain", out=out, verify=False, **options)
     return result.artifact.path
 
 

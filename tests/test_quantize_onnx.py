@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from conftest import LABELS
 from onnx import TensorProto, numpy_helper
-from torch import nn
 
 from mvit_export import export, load_model, verify
 from mvit_export.converters import onnx_ranges, quantize_onnx
-from mvit_export.converters.forms import flatten_tokens
 from mvit_export.converters.integers import (
     BIAS_LIMIT,
     pack_int4,
@@ -31,7 +27,6 @@ from mvit_export.converters.integers import (
 )
 from mvit_export.errors import ConversionError, UsageError
 from mvit_export.intermediates import onnx_modules
-from mvit_export.models.mobilevit import MobileViT, MobileViTBlock
 from mvit_export.parity import FAIL, PASS
 
 TINY_LINEARS = 9 * 4 + 1  # qkv, proj, expand, reduce in nine encoders; the classifier
@@ -307,55 +302,6 @@ def test_pictures_labels_and_any_batch(pictures: Path, tmp_path: Path, tiny_mode
 def test_locate_looks_into_it(make: Callable[..., Any]) -> None:
     (result,) = verify(make("int8-dynamic").artifact.path, find_layer=True)
     assert result.status == PASS and result.located is not None and not result.located.diverges
-
-
-# Forms
-
-
-@pytest.mark.parametrize(("size", "batch"), [((64, 64), 1), ((64, 96), 1), ((80, 64), 3)])
-def test_flat_tokens_change_nothing(size: tuple[int, int], batch: int, tiny_model: Any) -> None:
-    network = tiny_model.module
-    x = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = network(x)
-        flat = flatten_tokens(network, batched=batch > 1)
-        torch.testing.assert_close(flat(x), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
-        torch.testing.assert_close(flatten_tokens(network, batched=True)(x), flat(x), rtol=0, atol=1e-5)
-    with_weights = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
-    assert with_weights <= {name for name, _ in flat.named_modules()}, "a recipe would not find these"
-    assert isinstance(network, MobileViT) and network(x).shape == expected.shape  # the original is as it was
-
-
-def test_other_networks_keep_their_form() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    assert repr(flatten_tokens(network, batched=False)) == repr(network)
-
-
-class Louder(MobileViTBlock):
-    """A user's own block, which computes something else with the same parts."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(x)
-
-
-def test_changed_blocks_keep_what_they_compute(tiny_model: Any) -> None:
-    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    for change in ("class", "dropout"):
-        network = copy.deepcopy(tiny_model.module)
-        block = network.stages[2][1]
-        if change == "class":
-            block.__class__ = Louder
-        else:
-            block.encoders[0].dropout = nn.Hardtanh(-0.1, 0.1)
-        with torch.no_grad():
-            flat = flatten_tokens(network, batched=False)
-            torch.testing.assert_close(flat(x), network(x), rtol=0, atol=2e-5 * float(network(x).abs().max()))
-            assert type(flat.stages[2][1]) is type(block) and type(flat.stages[3][1]) is not MobileViTBlock
-
-
-def test_a_block_that_is_the_whole_network_keeps_its_form() -> None:
-    block = MobileViTBlock(16, 16, depth=1, patch=2, dropout=0.0)
-    assert repr(flatten_tokens(block, batched=False)) == repr(block)
 
 
 # Integers

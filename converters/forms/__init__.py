@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mvit_export.artifact import Manifest
+from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.converters.forms.algebra import (
     centre_stream,
     fold_norm_affine,
@@ -77,3 +79,13 @@ def check_same(network: nn.Module, formed: nn.Module, example: Tensor, form: str
                 f"form {form} changes the output {name!r} of this network by {error:.1e} of its scale, "
                 f"expected at most {TOLERANCE:g}; pass --form plain"
             )
+
+
+def write_as(network: nn.Module, manifest: Manifest) -> nn.Module:
+    """A network as an artifact holds it: its BatchNorms folded, its blocks in the manifest's form."""
+    spec = manifest.inputs[0]
+    b, c, h, w = (spec.shape[axis] or 1 for axis in ((0, 3, 1, 2) if spec.layout == "NHWC" else range(4)))
+    example = torch.rand((b, c, h, w), generator=torch.Generator().manual_seed(0))
+    formed = take_form(fold_batch_norms(network, example), manifest.form, example, batched=spec.shape[0] != 1)
+    assert formed is not None, "the manifest names a form, so there was a block to write in it"
+    return formed

@@ -5,7 +5,8 @@ Networks, arXiv 1509.09308, section 4.1):
 
     Y = A^T [(G g G^T) * (B^T d B)] A        * is element by element, summed over the input's channels
 
-for every 4x4 tile d of the padded input, 2 apart, and the 3x3 kernel g. The 16 products are linear layers over all tiles.
+for every 4x4 tile d of the padded input, 2 apart, and the 3x3 kernel g. The 16 products are linear layers over all
+tiles.
 The four outputs of a tile are the pixels of a 2x2 patch, so they are tokens already: unfold is one concatenation.
 """
 

@@ -1,0 +1,328 @@
+"""The forms of a MobileViT: each is the same function, and whatever is no plain MobileViT block is left alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LABELS, TINY, Finished
+from helpers import randomize
+from tiny import CONFIG
+from torch import nn
+
+from mvit_export import export, load_model, verify
+from mvit_export.converters import export as exporting
+from mvit_export.converters.fold import fold_batch_norms
+from mvit_export.converters.forms import FORMS, algebra, take_form
+from mvit_export.converters.forms.blocks import OpenBlock, is_standard
+from mvit_export.converters.forms.lanes import CutConv, cut_lanes
+from mvit_export.converters.forms.patches import PatchesBlock
+from mvit_export.converters.forms.winograd import WinogradConv
+from mvit_export.errors import ConversionError, UsageError
+from mvit_export.formats import FORMATS, FULL, PLAIN, plan_targets
+from mvit_export.models.mobilevit import ConvNormAct, MobileViT, MobileViTBlock
+
+NAMES = sorted(FORMS)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+def folded(network: nn.Module, x: torch.Tensor) -> nn.Module:
+    return fold_batch_norms(network.eval(), x)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, rel: float = 5e-6) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=rel * float(expected.abs().max()))
+
+
+def test_every_form_that_can_be_asked_for_exists() -> None:
+    assert {form for fmt in FORMATS.values() for form in fmt.forms} == {*FORMS, PLAIN}
+
+
+# The same function
+
+
+@pytest.mark.parametrize("form", NAMES)
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 3, 64, 96), (1, 3, 80, 72), (3, 3, 64, 64), (2, 3, 48, 80)])
+@torch.no_grad()
+def test_form_changes_nothing(form: str, shape: tuple[int, ...], tiny_model: Any) -> None:
+    """Also where the patch does not divide the map, and in batches."""
+    x = noise(*shape)
+    network = folded(tiny_model.module, x)
+    formed = take_form(network, form, x, batched=shape[0] > 1)
+    assert formed is not None
+    assert not any(type(part) is MobileViTBlock for part in formed.modules())
+    close(formed(x), tiny_model.module(x))
+
+
+@pytest.mark.parametrize("form", NAMES)
+@pytest.mark.parametrize("change", [{"patch_config": "B"}, {"output_stride": 8}, {"widths": (32, 48, 24)}])
+@torch.no_grad()
+def test_form_changes_nothing_in_other_networks(form: str, change: dict[str, Any]) -> None:
+    network, x = randomize(MobileViT(replace(CONFIG, **change))), noise(1, 3, 128, 128)
+    formed = take_form(folded(network, x), form, x)
+    assert formed is not None
+    close(formed(x), network(x))
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_modules_with_weights_keep_their_paths(form: str, tiny_model: Any) -> None:
+    x = noise(1, 3, 64, 64)
+    network = folded(tiny_model.module, x)
+    before = copy.deepcopy(network.state_dict())
+    formed = take_form(network, form, x)
+    assert formed is not None
+    with_weights = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
+    assert with_weights <= {name for name, _ in formed.named_modules()}, "a recipe would not find these"
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()), "the original changed"
+
+
+def open_block(block: MobileViTBlock, *passes: Callable[[OpenBlock], None]) -> OpenBlock:
+    opened = OpenBlock(copy.deepcopy(block))
+    for rewrite in (algebra.scale_queries, *passes):
+        rewrite(opened)
+    return opened
+
+
+@pytest.fixture
+def block() -> Any:
+    block = randomize(MobileViTBlock(48, 24, depth=2, patch=2, dropout=0.1))
+    return folded(nn.Sequential(block), noise(1, 48, 8, 8))[0]  # type: ignore[index]
+
+
+PASSES = {
+    "scale_queries": (),
+    "fold_norm_affine": (algebra.fold_norm_affine,),
+    "move_value_bias": (algebra.move_value_bias,),
+    "centre_stream": (algebra.fold_norm_affine, algebra.centre_stream),
+    "cut_lanes": (cut_lanes,),
+}
+
+
+@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
+@torch.no_grad()
+def test_each_pass_changes_nothing(passes: tuple[Callable[[OpenBlock], None], ...], block: Any) -> None:
+    x = noise(2, 48, 8, 8)
+    close(PatchesBlock(open_block(block, *passes))(x), block(x))
+
+
+@torch.no_grad()
+def test_what_each_pass_is_for(block: Any) -> None:
+    opened = open_block(block, algebra.fold_norm_affine, algebra.move_value_bias, algebra.centre_stream, cut_lanes)
+    tokens = noise(5, 24) @ opened.to_tokens.weight[:, :24].flatten(1).T
+    assert float(tokens.mean(dim=1).abs().max()) < 1e-6, "the stream is centred"
+    assert len(opened.encoders[0].attention.qkv.biases) == 1, "k and v have no bias"
+    assert isinstance(opened.norm, algebra.CentredNorm)
+    assert isinstance(opened.local, CutConv)
+    assert [conv.out_channels for conv in opened.local.conv] == [32, 16]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 10), (16, 8)])
+@torch.no_grad()
+def test_winograd_is_the_convolution(size: tuple[int, int]) -> None:
+    layer = randomize(ConvNormAct(6, 5, 3))
+    layer = folded(nn.Sequential(layer), noise(1, 6, *size))[0]  # type: ignore[index]
+    x = noise(2, 6, *size)
+    found = WinogradConv(layer)(x.permute(0, 2, 3, 1)).reshape(2, 2, 2, size[0] // 2, size[1] // 2, 5)
+    pixels = found.permute(2, 5, 3, 0, 4, 1).reshape(2, 5, *size)  # (ph, pw, B, nh, nw, C) -> (B, C, H, W)
+    close(pixels, layer(x))
+
+
+# What is left alone
+
+
+class Louder(MobileViTBlock):
+    """A user's own block, which computes something else with the same parts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Lora(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.mean()
+
+
+def change_class(block: Any) -> None:
+    block.__class__ = Louder
+
+
+def replace_dropout(block: Any) -> None:
+    block.encoders[0].dropout = nn.Hardtanh(-0.1, 0.1)
+
+
+def subclass_linear(block: Any) -> None:
+    block.encoders[0].mlp.expand.__class__ = Lora
+
+
+def hook(block: Any) -> None:
+    block.encoders[0].attention.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def dilate(block: Any) -> None:
+    block.local.conv.dilation = block.local.conv.padding = (2, 2)
+
+
+def reflect(block: Any) -> None:
+    conv = block.fuse.conv
+    block.fuse.conv = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, padding_mode="reflect").eval()
+
+
+def without_bias(block: Any) -> None:
+    block.encoders[0].attention.qkv.bias = None
+
+
+def without_affine(block: Any) -> None:
+    block.norm = nn.LayerNorm(16, elementwise_affine=False)
+
+
+def other_activation(block: Any) -> None:
+    block.encoders[0].mlp.act = nn.GELU()
+
+
+CHANGES = (
+    change_class, replace_dropout, subclass_linear, hook, dilate, reflect, without_bias, without_affine,
+    other_activation,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["flat", "winograd"])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_changed_block_keeps_its_form(change: Callable[[Any], None], form: str, tiny_model: Any) -> None:
+    network, x = copy.deepcopy(tiny_model.module), noise(1, 3, 64, 64)
+    change(network.stages[2][1])
+    expected = network(x)
+    assert float((expected - tiny_model.module(x)).abs().max()) > 1e-4, "the change computes something else"
+    formed: Any = take_form(folded(network, x), form, x, batched=False)
+    close(formed(x), expected)
+    assert type(formed.stages[2][1]) is type(network.stages[2][1]) and type(formed.stages[3][1]) is not MobileViTBlock
+
+
+def test_network_without_such_blocks_has_no_form() -> None:
+    x = noise(1, 3, 64, 64)
+    assert take_form(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "flat", x) is None
+    assert not is_standard(MobileViTBlock(8, 16, depth=1, patch=2, dropout=0.0)), "its BatchNorms are not folded"
+
+
+def test_network_that_reaches_into_its_blocks_is_refused() -> None:
+    class Scaled(MobileViT):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.stages[2][1].to_tokens.weight.sum()  # type: ignore[index,union-attr]
+
+    network, x = randomize(Scaled(CONFIG)), noise(1, 3, 64, 64)
+    with pytest.raises(ConversionError, match=r"form patches changes the output 'logits' .*; pass --form plain"):
+        take_form(folded(network, x), "patches", x)
+
+
+# Files
+
+
+def manifest(path: Path) -> Any:
+    return json.loads((path / "manifest.json").read_text())
+
+
+FILES = [(fmt.name, form) for fmt in FORMATS.values() for form in fmt.forms]
+
+
+@pytest.mark.parametrize(("fmt", "form"), FILES)
+def test_files_of_every_form_pass(fmt: str, form: str, tiny_model: Any, tmp_path: Path) -> None:
+    (result,) = export(tiny_model, to=fmt, precision="fp32", form=form, out=tmp_path)
+    assert result.parity is not None and result.parity.status == "pass", result.parity and result.parity.reason
+    assert result.parity.metrics is not None and result.parity.metrics.psnr_db > 100
+    assert manifest(result.artifact.path)["form"] == form
+    suffix = "" if form == FORMATS[fmt].forms[0] else f"-{form}"
+    assert result.artifact.path.name == f"{fmt}-fp32{suffix}"
+
+
+def test_default_form_is_recorded(tiny_artifact: Callable[..., Path]) -> None:
+    for fmt in ("onnx", "tflite", "coreml"):
+        assert manifest(tiny_artifact(fmt))["form"] == FORMATS[fmt].forms[0]
+
+
+def test_any_batch_and_pictures_and_labels(tmp_path: Path) -> None:
+    model = load_model(model=TINY, labels=list(LABELS))
+    (result,) = export(model, to="onnx", input="image", dynamic_batch=True, form="flat", out=tmp_path)
+    assert result.parity is not None and result.parity.status == "pass", result.parity and result.parity.reason
+
+
+@pytest.mark.parametrize(
+    ("fmt", "form"), [pair for pair in FILES if pair[1] != PLAIN and pair[0] != "coreml"] + [("onnx", "flat")]
+)
+def test_locate_names_a_layer_in_the_file_s_own_form(
+    fmt: str, form: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any, **options: Any) -> Any:
+        formed: Any = take_form(*args, **options)
+        weight = formed.stages[2][1].encoders[1].mlp.reduce.weight
+        weight.data = weight.data.flip(0)
+        return formed
+
+    monkeypatch.setattr(exporting, "take_form", wrong)
+    (made,) = export(tiny_model, to=fmt, precision="fp32", form=form, out=tmp_path, verify=False)
+    (result,) = verify(made.artifact.path, find_layer=True)
+    assert result.status == "fail" and result.located is not None and result.located.diverges
+    assert result.located.module == "stages.2.1.encoders.1.mlp.reduce"
+
+
+def test_locate_finds_nothing_in_a_right_file(tiny_artifact: Callable[..., Path]) -> None:
+    for fmt in ("onnx", "tflite"):
+        (result,) = verify(tiny_artifact(fmt), find_layer=True)
+        assert result.status == "pass" and result.located is not None and not result.located.diverges
+
+
+# What is refused
+
+
+def test_names_of_targets() -> None:
+    (target,) = plan_targets("tflite", form="winograd")
+    assert (target.name, target.form) == ("tflite-fp32-winograd", "winograd")
+    assert [t.name for t in plan_targets("tflite,onnx", form="plain")] == ["tflite-fp32-plain", "onnx-fp32-plain"]
+    assert [t.default_form for t in plan_targets("onnx", precision=["fp16", "int8"])] == ["flat", "flat"]
+    assert [t.default_form for t in plan_targets("tflite", precision=["fp16", "int8"])] == ["patches", "plain"]
+
+
+def test_forms_of_fewer_bits_are_fixed() -> None:
+    for precision in (p for fmt in FORMATS.values() for p in fmt.precisions if p not in FULL):
+        fmt = next(f.name for f in FORMATS.values() if precision in f.precisions)
+        with pytest.raises(UsageError, match=f"--form is for fp32 and fp16, not for {precision}"):
+            plan_targets(fmt, precision=precision, form="plain")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "onnx", "--form", "flatt"],
+         "ONNX form 'flatt' is not known, expected one of flat, plain; did you mean flat?"),
+        (["--to", "all", "--form", "flat"], "Core ML form 'flat' is not known, expected one of"),
+        (["--to", "onnx", "--model", "timm:resnet10t", "--image-size", "64", "--form", "flat"],
+         "--form flat needs MobileViT blocks, resnet10t has none; leave it out"),
+        (["--to", "coreml", "--form", "channels", "--image-size", "64", "--image-size", "96"],
+         "--form channels takes one image size; leave it out"),
+    ],
+)  # fmt: skip
+def test_mistakes(arguments: list[str], message: str, cli: Callable[..., Finished], tmp_path: Path) -> None:
+    model = [] if "--model" in arguments else ["--model", TINY]
+    done = cli(*arguments, *model, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert message in done.err and len(done.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_networks_take_no_form(tmp_path: Path, cli: Callable[..., Finished]) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())\n"
+    )
+    done = cli(
+        "--to", "onnx", "--model", f"{tmp_path / 'net.py'}:net", "--input-shape", "1,3,8,8", "--out", tmp_path / "out"
+    )
+    assert done.code == 0, done.err
+    assert manifest(tmp_path / "out/net/onnx-fp32")["form"] == PLAIN
