@@ -12,6 +12,8 @@ The four outputs of a tile are the pixels of a 2x2 patch, so they are tokens alr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,16 +58,15 @@ class WinogradConv(nn.Module):
         self.bias, self.act = layer.conv.bias, layer.act
 
     def forward(self, x: Tensor) -> Tensor:
-        # 16 of (B, nh, nw, C_in)
-        tiles = [columns for rows in transform_rows(x) for columns in transform_columns(rows)]
+        count = x.shape[1] * x.shape[2] // 4  # N
+        tiles = [tile.flatten(0, 2) for rows in transform_rows(x) for tile in transform_columns(rows)]  # (B*N, C_in)
         pairs = zip(tiles, self.weights, strict=True)
         # The product at (1, 1) is part of all four outputs, with a plus: the bias is added there.
         products = [F.linear(t, m, self.bias if i == 5 else None) for i, (t, m) in enumerate(pairs)]
         columns = [gather(products[4 * i : 4 * i + 4]) for i in range(4)]  # of each row of products
-        phases = [phase for j in range(2) for phase in gather([column[j] for column in columns])]
-        top_left, bottom_left, top_right, bottom_right = phases
-        y = torch.stack((top_left, top_right, bottom_left, bottom_right))  # (P, B, nh, nw, C_out)
-        return self.act(y.flatten(0, 1).flatten(1, 2))  # (P*B, N, C_out)
+        (top_left, bottom_left), (top_right, bottom_right) = (gather([c[j] for c in columns]) for j in range(2))
+        y = torch.stack((top_left, top_right, bottom_left, bottom_right))  # (P, B*N, C_out)
+        return self.act(y.reshape(-1, count, y.shape[-1]))  # (P*B, N, C_out)
 
 
 def transform_rows(x: Tensor) -> tuple[Tensor, ...]:
@@ -86,6 +87,6 @@ def transform(d0: Tensor, d1: Tensor, d2: Tensor, d3: Tensor) -> tuple[Tensor, .
     return d0 - d2, d1 + d2, d2 - d1, d1 - d3
 
 
-def gather(m: list[Tensor]) -> tuple[Tensor, Tensor]:
+def gather(m: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """A^T m: two outputs of four products."""
     return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
