@@ -34,7 +34,15 @@ from mvit_export.cases import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, Case, make_ca
 from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.converters.recipes import find_recipe, recipe_name
-from mvit_export.converters.side_by_side import Crew, Work, choose_jobs, do_in_turn, order_of, packages_of
+from mvit_export.converters.side_by_side import (
+    Crew,
+    Work,
+    choose_jobs,
+    do_in_turn,
+    no_collection,
+    order_of,
+    packages_of,
+)
 from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
 from mvit_export.formats import CALIBRATED, FORMATS, FULL, Target, check_installed, check_size_count, plan_targets
 from mvit_export.models.load import LoadedModel, rebuild_model
@@ -168,7 +176,7 @@ class Convert:
 
     def __call__(self) -> str:
         converter = importlib.import_module(CONVERTERS[self.conversion.target.format])
-        with conversion_errors(self.conversion.target):
+        with conversion_errors(self.conversion.target), no_collection():
             capture: str = converter.convert(self.conversion, self.file)
         return capture
 
