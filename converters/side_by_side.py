@@ -128,10 +128,9 @@ class Crew:
             for packages in self.packages:
                 near, far = context.Pipe()
                 args = (far, packages, threads, self.scratch.name)
-                process = context.Process(target=serve, args=args, daemon=True)
-                process.start()
+                self.pool[near] = context.Process(target=serve, args=args, daemon=True)
+                self.pool[near].start()
                 far.close()  # so that the end of the process is the end of the pipe
-                self.pool[near] = process
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -144,10 +143,11 @@ class Crew:
 
     def dismiss(self, near: Connection) -> None:
         """Without grace: a process has nothing to tidy up, and one that is inside a converter would not listen."""
-        process = self.pool.pop(near)
-        process.kill()
-        process.join()
+        if self.pool[near].pid is not None:  # an interruption may have come before its start
+            self.pool[near].kill()
+            self.pool[near].join()
         near.close()
+        del self.pool[near]
 
     def do(self, works: Sequence[Work[Result]], order: Sequence[int]) -> list[Result]:
         """The results in the order of `works`, which are begun in `order`. After an error no process is left."""

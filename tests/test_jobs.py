@@ -420,6 +420,21 @@ def test_a_process_cannot_vouch_for_its_own_mistake(xxs: Any, tmp_path: Path, mo
         assert verdict.status == "fail"
 
 
+def test_a_converter_that_fails_in_a_process_is_told_as_ever(
+    xxs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mvit_export.converters import export as module
+
+    monkeypatch.setattr(module, "fold_batch_norms", lambda *_: torch.nn.Linear(3, 3))
+    with pytest.raises(ConversionError, match=r"^ONNX fp(32|16): the converter failed: .*; -v shows more$") as caught:
+        export_onnx(xxs, tmp_path / "out", jobs=2)
+    text = "".join(traceback.format_exception(caught.value))
+    assert "to_onnx.py" in text, "-v shows the converter's own lines"
+    assert tree(tmp_path) == []
+
+
 @linux_only
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_ended_export_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
