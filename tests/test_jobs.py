@@ -186,6 +186,18 @@ class Hold:
         ctypes.PyDLL(None).sleep(600)
 
 
+@dataclass(frozen=True)
+class Scribble:
+    """Write without end, also where the folder was taken away."""
+
+    file: Path
+
+    def __call__(self) -> None:
+        while True:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text("half")
+
+
 def artifact(place: Path, task: Callable[[Path], Any], after: Callable[[], None] = lambda: None) -> Work[Any]:
     with staged_directory(place, overwrite=False) as staging:
         answer = yield task(staging / "file")
@@ -298,6 +310,14 @@ def test_nothing_is_left_where_nothing_was_finished(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_process_that_still_writes_is_ended_before_its_folder_goes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    works = [artifact(out / "a", Scribble), artifact(out / "b", lambda _: Refuse(UsageError("no")))]
+    with pytest.raises(UsageError, match=r"^no$"), crew_of(2) as crew, no_empty_folders(out):
+        crew.do(works, [0, 1])
+    assert tree(tmp_path) == []
+
+
 def test_in_turn_an_error_leaves_the_same(tmp_path: Path) -> None:
     out = tmp_path / "out"
     works = [
@@ -346,15 +366,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 @contextlib.contextmanager
 def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    below: set[int] = set()
     try:
         yield process
     finally:
-        below = descendants(process.pid)
-        for pid in (process.pid, *below):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(process.pid, *descendants(process.pid))
         process.communicate()
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @linux_only
@@ -369,7 +391,10 @@ def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
         assert len(below) >= 2
         process.kill()
         process.wait()
-        wait_until(lambda: not any(alive(pid) for pid in below), seconds=10)
+        try:
+            wait_until(lambda: not any(alive(pid) for pid in below), seconds=10)
+        finally:
+            kill(*below)
 
 
 # The export itself
