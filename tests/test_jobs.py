@@ -157,8 +157,11 @@ class Write:
 @dataclass(frozen=True)
 class Refuse:
     error: BaseException
+    after: Path | None = None  # a file to wait for
 
     def __call__(self) -> None:
+        while self.after and not self.after.exists():
+            time.sleep(0.01)
         raise self.error
 
 
@@ -312,7 +315,8 @@ def test_nothing_is_left_where_nothing_was_finished(tmp_path: Path) -> None:
 
 def test_a_process_that_still_writes_is_ended_before_its_folder_goes(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    works = [artifact(out / "a", Scribble), artifact(out / "b", lambda _: Refuse(UsageError("no")))]
+    begun = out / ".a.partial" / "file"
+    works = [artifact(out / "a", Scribble), artifact(out / "b", lambda _: Refuse(UsageError("no"), begun))]
     with pytest.raises(UsageError, match=r"^no$"), crew_of(2) as crew, no_empty_folders(out):
         crew.do(works, [0, 1])
     assert tree(tmp_path) == []
