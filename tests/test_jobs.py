@@ -197,8 +197,9 @@ class Scribble:
 
     def __call__(self) -> None:
         while True:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("half")
+            with contextlib.suppress(FileNotFoundError):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.write_text("half")
 
 
 def artifact(place: Path, task: Callable[[Path], Any], after: Callable[[], None] = lambda: None) -> Work[Any]:
