@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.converters.forms import take_form
 from mvit_export.converters.recipes import find_recipe, recipe_name
+from mvit_export.converters.side_by_side import (
+    Crew,
+    Work,
+    choose_jobs,
+    do_in_turn,
+    no_collection,
+    order_of,
+    packages_of,
+)
 from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
 from mvit_export.formats import (
     CALIBRATED,
@@ -49,7 +58,7 @@ from mvit_export.formats import (
 )
 from mvit_export.models.load import LoadedModel, rebuild_model
 from mvit_export.runtimes import open_torch
-from mvit_export.staging import check_free, staged_directory
+from mvit_export.staging import check_free, no_empty_folders, staged_directory
 
 GOLDEN_SAMPLES = 8
 CONVERTERS = {
@@ -57,6 +66,9 @@ CONVERTERS = {
     "onnx": "mvit_export.converters.to_onnx",
     "tflite": "mvit_export.converters.to_tflite",
 }
+
+
+OnStep = Callable[[Target, str], None]
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,17 @@ def export(
     out: str | Path = "artifacts",
     overwrite: bool = False,
     verify: bool = True,
-    on_step: Callable[[Target, str], None] | None = None,
+    jobs: int | None = 1,
+    on_step: OnStep | None = None,
 ) -> tuple[ExportResult, ...]:
     """Write one artifact directory `out/NAME/FORMAT-PRECISION` per target, and check each against PyTorch.
 
     `to` is a format, a list of them or "all"; `precision` and `form` None are each format's default.
-    `on_step(target, step)` is called with "convert" and "verify" for progress. Raises children of MvitExportError; a
-    directory appears whole or not at all, and those finished before an error stay.
+    `on_step(target, step)` is called with "convert", "verify" and "done" for progress. Raises children of
+    MvitExportError; a directory appears whole or not at all, and those finished before an error stay.
+
+    `jobs` is how many targets are worked on at once, in processes of their own, so that a script of yours needs
+    `if __name__ == "__main__":`; None is as many as cores and memory allow. A model from a Python file has one.
     """
     targets = plan_targets(
         to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch,
@@ -109,21 +125,28 @@ def export(
     folder = Path(out) / model.info.name
     for target in targets:
         check_free(folder / target.name, overwrite=overwrite)
-    if verify:  # a factory that gives other weights each time is told now, not after the work
-        rebuild_model(draft_manifest(model, targets[0], {}))
-    folded = fold_batch_norms(model.module, torch.zeros(model.input_shapes[0]))
-    results = []
-    for target in targets:
-        if on_step:
-            on_step(target, "convert")
-        learned = ranges if target.precision not in FULL else None
-        network, written_as = choose_network(model, folded, target)
-        conversion = Conversion(model, network, target, form=written_as, recipe=recipes[target], calibration=learned)
-        artifact = write_artifact(conversion, folder / target.name, overwrite=overwrite)
-        if on_step and verify:
-            on_step(target, "verify")
-        results.append(ExportResult(artifact, parity.verify(artifact.path) if verify else ()))
-    return tuple(results)
+    jobs = choose_jobs(jobs, model, targets)
+    order = order_of(targets)
+    with open_crew([targets[index] for index in order[:jobs]]) as crew:  # it imports converters in the meantime
+        if verify:  # a factory that gives other weights each time is told now, not after the work
+            rebuild_model(draft_manifest(model, targets[0], {}))
+        folded = fold_batch_norms(model.module, torch.zeros(model.input_shapes[0]))
+        works = []
+        for target in targets:
+            learned = ranges if target.precision not in FULL else None
+            network, form_taken = choose_network(model, folded, target)
+            conversion = Conversion(
+                model, network, target, form=form_taken, recipe=recipes[target], calibration=learned
+            )
+            place = folder / target.name
+            works.append(make_result(conversion, place, overwrite=overwrite, verify=verify, on_step=on_step))
+        with no_empty_folders(folder):
+            return tuple(crew.do(works, order) if crew else do_in_turn(works))
+
+
+def open_crew(first: Sequence[Target]) -> AbstractContextManager[Crew | None]:
+    """A process for each of the targets that are begun `first`; none for a single one, which this process does."""
+    return Crew([packages_of(target) for target in first]) if len(first) > 1 else nullcontext()
 
 
 def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
@@ -154,12 +177,8 @@ def choose_network(model: LoadedModel, folded: nn.Module, target: Target) -> tup
         example = torch.rand(model.input_shapes[0], generator=torch.Generator().manual_seed(0))
         taken = take_form(folded, form, example, batched=batched)
     if taken is None and target.form not in (None, PLAIN):
-        why = (
-            "takes one image size"
-            if len(model.input_shapes) > 1
-            else f"needs MobileViT blocks, {model.info.name} has none"
-        )
-        raise UsageError(f"--form {form} {why}; leave it out")
+        several, none = "takes one image size", f"needs MobileViT blocks, {model.info.name} has none"
+        raise UsageError(f"--form {form} {several if len(model.input_shapes) > 1 else none}; leave it out")
     return (folded, PLAIN) if taken is None else (taken, form)
 
 
@@ -182,18 +201,60 @@ def find_calibration(
     return found
 
 
-def write_artifact(conversion: Conversion, place: Path, *, overwrite: bool) -> Artifact:
-    """Convert, describe, hash and move into place."""
+@dataclass(frozen=True)
+class Convert:
+    """One call of a converter; gives how the graph was captured. May happen in another process."""
+
+    conversion: Conversion
+    file: Path
+
+    def __call__(self) -> str:
+        converter = importlib.import_module(CONVERTERS[self.conversion.target.format])
+        with conversion_errors(self.conversion.target), no_collection():
+            capture: str = converter.convert(self.conversion, self.file)
+        return capture
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The verdicts on a finished artifact, against the model rebuilt from its manifest. Writes nothing."""
+
+    artifact: Artifact
+
+    def __call__(self) -> list[parity.ParityResult]:
+        return parity.judge(self.artifact)
+
+
+def make_result(
+    conversion: Conversion, place: Path, *, overwrite: bool, verify: bool, on_step: OnStep | None
+) -> Work[ExportResult]:
+    """All of one target, as tasks that another process may do and what remains with this one."""
+    target, tell = conversion.target, on_step or (lambda *_: None)
+    tell(target, "convert")
+    artifact = yield from write_artifact(conversion, place, overwrite=overwrite)
+    verdicts: list[parity.ParityResult] = []
+    if verify:
+        tell(target, "verify")
+        found = yield Judge(artifact)
+        verdicts = parity.store_verdicts(artifact, found)
+    tell(target, "done")
+    return ExportResult(artifact, tuple(verdicts))
+
+
+def write_artifact(conversion: Conversion, place: Path, *, overwrite: bool) -> Work[Artifact]:
+    """Convert, describe, hash and move into place. Only the converter's call is a task.
+
+    It is not given the model itself: what it says of the model (the manifest, the golden vectors) it could not vouch
+    for.
+    """
     model, target = conversion.model, conversion.target
-    converter = importlib.import_module(CONVERTERS[target.format])
     tools = {name: importlib.metadata.version(name) for name in FORMATS[target.format].packages}
     manifest = replace(
         draft_manifest(model, target, tools), quantization=describe_quantization(conversion), form=conversion.form
     )
+    given = replace(conversion, model=replace(model, module=conversion.module), metadata=file_metadata(manifest))
     with staged_directory(place, overwrite=overwrite) as staging:
-        file = staging / (model.info.name + FORMATS[target.format].suffix)
-        with conversion_errors(target):
-            capture = converter.convert(replace(conversion, metadata=file_metadata(manifest)), file)
+        capture = yield Convert(given, staging / (model.info.name + FORMATS[target.format].suffix))
         save_golden(staging / GOLDEN, golden_vectors(conversion, manifest))
         manifest = replace(manifest, capture=capture, files=hash_files(staging))
         write_json(staging / MANIFEST, manifest.to_json())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -119,6 +120,10 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts that exist.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check each file against PyTorch.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of untrained weights.", min=0, max=2**63 - 1)] = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Files made at once (as cores and memory allow).", min=1, show_default=False),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -148,10 +153,27 @@ def export(
             loaded = load_again(like, chosen) if like else mvit_export.load_model(**chosen, seed=seed)  # type: ignore[arg-type]
             results = mvit_export.export(
                 loaded, **conversion, out=out, overwrite=overwrite, verify=verify, recipe=recipe,
-                calibration=calibration, calibration_method=calibration_method,
-                on_step=lambda target, what: step(f"{what} {target.name} ({targets.index(target) + 1}/{len(targets)})"),
+                calibration=calibration, calibration_method=calibration_method, jobs=jobs,
+                on_step=follow_targets(step, len(targets)),
             )  # fmt: skip
         finish_export(terminal, loaded, results)
+
+
+def follow_targets(step: Callable[[str], None], total: int) -> Callable[[Any, str], None]:
+    """An `on_step` that shows what is being done to each target, e.g. "verify onnx-fp32, convert tflite-fp32 (1/3)"."""
+    doing: dict[str, str] = {}
+    done = 0
+
+    def on_step(target: Any, what: str) -> None:
+        nonlocal done
+        doing.pop(target.name, None)
+        if what == "done":
+            done += 1
+        else:
+            doing[target.name] = what
+        step(f"{', '.join(f'{what} {name}' for name, what in doing.items())} ({done}/{total} done)")
+
+    return on_step
 
 
 def load_again(like: Path, chosen: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from rich.text import Text
 
 from mvit_export.cli_base import EXIT_CODES, Artifacts, Json, Quiet, Verbose, session
+from mvit_export.machine import usable_cores
 from mvit_export.terminal import STYLES, Terminal, status_text
 
 
@@ -36,7 +36,7 @@ def evaluate(
         with terminal.progress("eval") as step:
             report = evaluate(
                 artifacts, data=data, reference=reference, weights=weights, limit=limit, max_drop=max_drop,
-                jobs=jobs or count_cores(),
+                jobs=jobs or usable_cores(),
                 on_progress=lambda done, total: step(f"eval: {done} of {total} pictures"),
             )  # fmt: skip
         print_data(terminal, report["environment"])
@@ -46,11 +46,6 @@ def evaluate(
             print_row(terminal, row)
         terminal.print_json(report)
         raise typer.Exit(EXIT_CODES[report["status"]])
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def print_data(terminal: Terminal, environment: dict[str, Any]) -> None:

@@ -230,12 +230,24 @@ def verify(
     artifacts = [read_artifact(place) for place in places]
     results: list[ParityResult] = []
     for artifact in artifacts:
-        pairs = functools.cache(lambda a=artifact: _pairs(a, against, weights))  # computed once, if a runtime works
-        verdicts = [_verify_in(opener, artifact, against, pairs, on_case) for opener in sessions(artifact)]
+        verdicts = judge(artifact, against=against, weights=weights, on_case=on_case, sessions=sessions)
         if find_layer:
             verdicts = [with_location(verdict, artifact, weights) for verdict in verdicts]
         results += store_verdicts(artifact, [replace(verdict, device=device) for verdict in verdicts])
     return tuple(results)
+
+
+def judge(
+    artifact: Artifact,
+    *,
+    against: str = "pytorch",
+    weights: str | Path | None = None,
+    on_case: Callable[[int, int], None] | None = None,
+    sessions: Openers = openers,
+) -> list[ParityResult]:
+    """The verdict of each runtime, written nowhere: `verify` of one artifact, for who stores it himself."""
+    pairs = functools.cache(lambda: _pairs(artifact, against, weights))  # computed once, if a runtime works
+    return [_verify_in(opener, artifact, against, pairs, on_case) for opener in sessions(artifact)]
 
 
 def store_verdicts(artifact: Artifact, verdicts: list[ParityResult]) -> list[ParityResult]:

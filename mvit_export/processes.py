@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
@@ -84,6 +88,7 @@ def receive(near: Connection, process: SpawnProcess) -> Any:
 def serve(far: Connection, make: Make[Task, Result]) -> None:
     """What a process does: prepare, then answer tasks until the parent has no more or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    die_with_parent()
     with suppress(EOFError, BrokenPipeError):
         try:
             work = make()
@@ -96,6 +101,25 @@ def serve(far: Connection, make: Make[Task, Result]) -> None:
             raise
         except Exception as error:  # not every exception can be pickled
             far.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def die_with_parent() -> None:
+    """End this process when its parent is gone, even by kill -9, whatever this one is doing then.
+
+    The pipe to the parent tells so too, but only once it is read. A thread watches the parent; on Linux the kernel
+    does as well, as a converter's C++ may keep Python's threads from running.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if sys.platform == "linux":
+        set_pdeathsig = 1  # prctl(2); the thread watches from before, should the parent have gone already
+        ctypes.CDLL(None).prctl(set_pdeathsig, signal.SIGKILL)
+    threading.Thread(target=leave_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def leave_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)  # at once: nobody is left to read a result
 
 
 def end(process: SpawnProcess) -> None:

@@ -37,26 +37,39 @@ def staged_directory(place: Path, *, overwrite: bool) -> Iterator[Path]:
     if fcntl is None:
         raise ArtifactError("this system has no flock, which a safe export needs; use Linux or macOS")
     staging = place.parent / f".{place.name}{SUFFIX}"
-    made = [folder for folder in (place.parent, *place.parent.parents) if not os.path.exists(folder)]  # innermost first
     lock = None
+    with no_empty_folders(place.parent):
+        try:
+            with _disk_errors(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _sweep(place.parent)  # first, as it may put back what a dead run had moved away from `place`
+                check_free(place, overwrite=overwrite)
+                lock = _claim(staging, place)
+                yield staging
+                _sync(staging)
+                check_free(place, overwrite=overwrite)
+                _move(staging, place)
+        finally:
+            if lock is not None:
+                if _same(staging, lock):  # an error left it; after success the name may be another run's already
+                    shutil.rmtree(staging, ignore_errors=True)
+                os.close(lock)
+
+
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """At the end remove `folder` and those above it, as far as they are empty and were not there at the start.
+
+    A failed run leaves no folders behind either. Around several stagings in one folder it removes what the first of
+    them made and could not remove while others were in it.
+    """
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]  # innermost first
     try:
-        with _disk_errors(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(place.parent)  # first, as it may put back what a dead run had moved away from `place`
-            check_free(place, overwrite=overwrite)
-            lock = _claim(staging, place)
-            yield staging
-            _sync(staging)
-            check_free(place, overwrite=overwrite)
-            _move(staging, place)
+        yield
     finally:
-        if lock is not None:
-            if _same(staging, lock):  # an error left it; after success the name may be another run's already
-                shutil.rmtree(staging, ignore_errors=True)
-            os.close(lock)
-        for folder in made:
+        for place in made:
             with suppress(OSError):
-                folder.rmdir()  # only if empty: a failed run leaves no folders behind either
+                place.rmdir()  # only if empty
 
 
 def check_free(place: Path, *, overwrite: bool) -> None:
