@@ -2,8 +2,9 @@
 
 The first is accuracy: the trained digits checkpoint in every format and precision, its held-out top-1, mean KL to fp32,
 bytes, and latency against the fp32 file of the format at the checkpoint's own 64x64. The second is speed at 256x256:
-the recipe `fast` for the three variants against the plain fp32 file, whose weights are random. Static files are
-calibrated on training digits. Ends with one JSON line.
+the recipe `fast` for the three variants against the fp32 file, whose weights are random. Static files are calibrated on
+training digits. fp32 and fp16 files are in the plain form, so that what fewer bits bring is not mixed with what another
+form of fp32 brings. Ends with one JSON line.
 
     python -m mvit_export.benchmarks.precision_table [FOLDER] [--to coreml onnx tflite] [--threads 1] [--budget SECONDS]
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_export.benchmarks.tune import run_command
-from mvit_export.formats import FORMATS, FULL, WITH_RECIPE
+from mvit_export.formats import FORMATS, FULL, PLAIN, WITH_RECIPE
 from mvit_export.models.load import VARIANT_NAMES
 from mvit_export.recipes import NAMED
 
@@ -51,6 +52,7 @@ def export(source: list[str], out: Path, job: tuple[str, str, str | None], calib
     fmt, precision, recipe = job
     arguments = ["export", "--to", fmt, "--precision", precision, *source, "--out", str(out), "--overwrite"]
     arguments += ["--recipe", recipe] if recipe else []
+    arguments += ["--form", PLAIN] if precision in FULL else []
     arguments += ["--calibration", str(calibration)] if calibration and precision not in FULL else []
     return run_command(arguments)["artifacts"][0]
 
