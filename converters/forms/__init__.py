@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from mvit_export.converters.forms.algebra import (
+    carry_biases,
     centre_stream,
     fold_norm_affine,
     move_value_bias,
     scale_queries,
 )
 from mvit_export.converters.forms.blocks import OpenBlock, is_standard
+from mvit_export.converters.forms.channels import ChannelsBlock
 from mvit_export.converters.forms.flat import FlatBlock
 from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.errors import ConversionError
@@ -38,6 +40,9 @@ class Form:
 
 
 FORMS = {
+    "channels": Form(
+        (scale_queries, fold_norm_affine, move_value_bias, carry_biases), lambda block, _: ChannelsBlock(block)
+    ),
     "flat": Form((scale_queries,), lambda block, batched: FlatBlock(block, batched=batched)),
     "patches": Form(
         (scale_queries, fold_norm_affine, move_value_bias, centre_stream), lambda block, _: PatchesBlock(block)

@@ -5,12 +5,15 @@ Letters: W and b a layer's weight and bias, d the transformer width, 1 a vector 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mvit_export.converters.forms.blocks import OpenBlock
+
+SCALE, SHIFT = 0.5, 0.25  # g and s of `carry_biases`, powers of two
 
 
 def scale_queries(block: OpenBlock) -> None:
@@ -58,6 +61,26 @@ def absorb(norm: Any, weight: Tensor, bias: Tensor) -> None:
 
 def plain(norm: Any) -> nn.LayerNorm:
     return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+
+
+def carry_biases(block: OpenBlock) -> None:
+    """The biases of q, k and v as parts of their weights, for layers that have no place for them.
+
+    What LayerNorm without affine gives sums to zero, 1^T n = 0, so that a constant added to it is told apart from the
+    tokens: W' = W C / g + b 1^T / (d g s) has W' g (n + s 1) = W n + b, with C = I - 1 1^T / d. The norm keeps g and
+    g s. A small s leaves n its digits in fp16, and a g of 1 would be removed, by which coremltools finds no norm.
+    """
+    for encoder in block.encoders:
+        qkv, d = encoder.attention.qkv, encoder.norm1.normalized_shape[0]
+        for weight, bias in itertools.zip_longest(qkv.weights, qkv.biases):
+            carried = weight.double() - weight.double().mean(dim=1, keepdim=True)
+            if bias is not None:
+                carried += bias.double()[:, None] / (d * SHIFT)
+            set_weight(weight, carried / SCALE)
+        qkv.biases = nn.ParameterList()
+        encoder.norm1 = nn.LayerNorm(d, eps=encoder.norm1.eps)
+        set_weight(encoder.norm1.weight, torch.full((d,), SCALE))
+        set_weight(encoder.norm1.bias, torch.full((d,), SCALE * SHIFT))
 
 
 def centre_stream(block: OpenBlock) -> None:
