@@ -152,7 +152,7 @@ def choose_network(model: LoadedModel, folded: nn.Module, target: Target) -> tup
     taken = None
     if form != PLAIN and len(model.input_shapes) == 1:
         example = torch.rand(model.input_shapes[0], generator=torch.Generator().manual_seed(0))
-        taken = take_form(folded, form, example, batched=batched)
+        taken = take_form(folded, form, example, batched=batched, format=target.format)
     if taken is None and target.form not in (None, PLAIN):
         why = (
             "takes one image size"

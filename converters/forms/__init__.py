@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from mvit_export.converters.forms.algebra import (
 )
 from mvit_export.converters.forms.blocks import OpenBlock, is_standard
 from mvit_export.converters.forms.channels import ChannelsBlock
+from mvit_export.converters.forms.channels_last import ChannelsLastBlock
 from mvit_export.converters.forms.flat import FlatBlock
 from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.errors import ConversionError
@@ -39,9 +41,14 @@ class Form:
     layout: Callable[[OpenBlock, bool], nn.Module]
 
 
-FORMS = {
+FORMS = {  # by name; NAME-FORMAT where a format has its own way of writing NAME
     "channels": Form(
-        (scale_queries, fold_norm_affine, move_value_bias, carry_biases), lambda block, _: ChannelsBlock(block)
+        (scale_queries, fold_norm_affine, move_value_bias, partial(carry_biases, scale=0.5)),
+        lambda block, _: ChannelsBlock(block),
+    ),
+    "channels-tflite": Form(
+        (scale_queries, fold_norm_affine, move_value_bias, centre_stream, carry_biases),
+        lambda block, _: ChannelsLastBlock(block),
     ),
     "flat": Form((scale_queries,), lambda block, batched: FlatBlock(block, batched=batched)),
     "patches": Form(
@@ -50,13 +57,15 @@ FORMS = {
 }
 
 
-def take_form(network: nn.Module, form: str, example: Tensor, *, batched: bool = True) -> nn.Module | None:
+def take_form(
+    network: nn.Module, form: str, example: Tensor, *, batched: bool = True, format: str = ""
+) -> nn.Module | None:
     """A copy of a network, its BatchNorms folded, whose MobileViT blocks have this form; None if it has no such block.
 
     Blocks in which somebody replaced a part keep the form they have. `batched` is False where the batch is always 1.
     Both networks run once on `example`. Raises ConversionError where they differ.
     """
-    formed, chosen = copy.deepcopy(network), FORMS[form]
+    formed, chosen = copy.deepcopy(network), FORMS.get(f"{form}-{format}", FORMS[form])
     blocks = [(path, block) for path, block in formed.named_modules() if path and is_standard(block)]
     for path, block in blocks:
         opened = OpenBlock(block)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvit_export.converters.forms.blocks import OpenBlock
 
-SCALE, SHIFT = 0.5, 0.25  # g and s of `carry_biases`, powers of two
+SHIFT = 1 / 16  # s of `carry_biases`: the smaller, the more digits n keeps in fp16
 
 
 def scale_queries(block: OpenBlock) -> None:
@@ -63,24 +63,33 @@ def plain(norm: Any) -> nn.LayerNorm:
     return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
 
 
-def carry_biases(block: OpenBlock) -> None:
+def carry_biases(block: OpenBlock, *, scale: float = 1.0) -> None:
     """The biases of q, k and v as parts of their weights, for layers that have no place for them.
 
-    What LayerNorm without affine gives sums to zero, 1^T n = 0, so that a constant added to it is told apart from the
-    tokens: W' = W C / g + b 1^T / (d g s) has W' g (n + s 1) = W n + b, with C = I - 1 1^T / d. The norm keeps g and
-    g s. A small s leaves n its digits in fp16, and a g of 1 would be removed, by which coremltools finds no norm.
+    A norm without affine gives n with 1^T n = 0, so that a constant s added to it is told apart from the tokens:
+    W' = W C / g + b 1^T / (d g s), C = I - 1 1^T / d, has W' g (n + s 1) = W n + b. `scale` is g.
     """
     for encoder in block.encoders:
-        qkv, d = encoder.attention.qkv, encoder.norm1.normalized_shape[0]
+        qkv = encoder.attention.qkv
         for weight, bias in itertools.zip_longest(qkv.weights, qkv.biases):
             carried = weight.double() - weight.double().mean(dim=1, keepdim=True)
             if bias is not None:
-                carried += bias.double()[:, None] / (d * SHIFT)
-            set_weight(weight, carried / SCALE)
+                carried += bias.double()[:, None] / (weight.shape[1] * SHIFT)
+            set_weight(weight, carried / scale)
         qkv.biases = nn.ParameterList()
-        encoder.norm1 = nn.LayerNorm(d, eps=encoder.norm1.eps)
-        set_weight(encoder.norm1.weight, torch.full((d,), SCALE))
-        set_weight(encoder.norm1.bias, torch.full((d,), SCALE * SHIFT))
+        encoder.norm1 = CarryingNorm(encoder.norm1, scale)
+
+
+class CarryingNorm(nn.Module):
+    """A norm without affine, then g (n + s)."""
+
+    def __init__(self, norm: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x) + SHIFT
+        return y if self.scale == 1 else y * self.scale
 
 
 def centre_stream(block: OpenBlock) -> None:

@@ -1,12 +1,16 @@
-"""Tokens as a map, for Apple's Neural Engine and for the GPU delegates of LiteRT: (B, d, P, N).
+"""Tokens as a map, for Apple's Neural Engine: (B, d, P, N); `channels_last.py` has it for LiteRT's GPU delegates.
 
-The batch stays the outermost axis, which GPU delegates ask for, no tensor has more than four axes, and linear layers are
-1x1 convolutions, layer norms run over channels. Letters as in models/mobilevit.py, h heads.
+The batch stays the outermost axis, no tensor has more than four axes, linear layers are 1x1 convolutions, layer norms
+and softmax run over channels. Letters as in models/mobilevit.py, h heads.
 
 Heads join the pixels of a patch on axis 2 as (P, h), h innermost, since attention treats both as a batch and MIL's
 einsum takes its batch from axis 2. No reshape is needed for that: rows of weights may be written in any order, so a
 transposed convolution with kernel and stride (h, 1) writes a token's heads below each other, and a convolution with
-kernel and stride (h, 1) reads them; both have the weights and the products of the linear layer and share none.
+kernel and stride (h, 1) reads them; both have the weights of the linear layer and none of their products overlap.
+
+apple/ml-ane-transformers asks for this layout and this einsum, but computes it once for each head. Transposed
+convolutions are a risk: one with stride 16 was seen refused (apple/coremltools#2450); here the stride is h = 4. What is
+known of this form is the file: its ops, its lint, its results. No Apple device has run or timed it.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvit_export.converters.forms.algebra import SHIFT, CarryingNorm
 from mvit_export.converters.forms.blocks import OpenAttention, OpenBlock, OpenEncoder, SplitLinear
 from mvit_export.models.mobilevit import HEADS, FeedForward, resize
 
@@ -44,23 +49,25 @@ class ChannelsBlock(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of (B, d, P, N), as coremltools finds it: one layer_norm op.
+    """LayerNorm without affine over the channels of (B, d, P, N), as coremltools finds it: one layer_norm op.
 
-    It looks for these ops and no others: the square as a product, the difference used three times, the bias before the
-    weight.
+    It looks for these ops and no others: the square as a product, the difference used three times, a bias before a
+    weight, both of them vectors. A weight of 1 is removed before it looks.
     """
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.eps, self.affine = norm.eps, norm.elementwise_affine
-        if self.affine:
-            self.weight = nn.Parameter(norm.weight.detach()[:, None, None])
-            self.shift = nn.Parameter((norm.bias / norm.weight).detach()[:, None, None])
+        self.carries = isinstance(norm, CarryingNorm)
+        if self.carries:
+            (d,) = norm.norm.normalized_shape
+            self.register_buffer("shift", torch.full((d, 1, 1), SHIFT))
+            self.register_buffer("scale", torch.full((d, 1, 1), norm.scale))
+        self.eps: float = (norm.norm if self.carries else norm).eps
 
     def forward(self, x: Tensor) -> Tensor:
         centred = x - x.mean(dim=1, keepdim=True)
         y = centred * torch.rsqrt((centred * centred).mean(dim=1, keepdim=True) + self.eps)
-        return (y + self.shift) * self.weight if self.affine else y
+        return (y + self.shift) * self.scale if self.carries else y
 
 
 class ChannelsEncoder(nn.Module):
@@ -114,11 +121,16 @@ class SplitHeads(nn.Module):
     def __init__(self, qkv: SplitLinear) -> None:
         super().__init__()
         assert len(qkv.biases) == 0
-        thirds = torch.stack([weight.detach().unflatten(0, (HEADS, -1)) for weight in qkv.weights])  # (3, h, d/h, d)
-        self.weight = nn.Parameter(thirds.permute(3, 0, 2, 1).flatten(1, 2)[..., None].contiguous())
+        self.weight = nn.Parameter(torch.cat([below_each_other(weight) for weight in qkv.weights], dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose2d(x, self.weight, stride=(HEADS, 1))
+
+
+def below_each_other(weight: Tensor) -> Tensor:
+    """A linear layer's weight as that of a transposed convolution which writes heads along axis 2."""
+    heads = weight.detach().unflatten(0, (HEADS, -1))  # (h, d/h, d)
+    return heads.permute(2, 1, 0)[..., None].contiguous()  # (d, d/h, h, 1)
 
 
 class JoinHeads(nn.Module):
