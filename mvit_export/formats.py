@@ -176,7 +176,7 @@ def choose_opset(asked: int | None, precision: str) -> int:
 
 
 def choose_deployment(asked: str | None, precision: str, form: str | None = None) -> str:
-    """The target that was asked for, else the oldest usual one. Refuses one that lacks operators of precision or form."""
+    """The target that was asked for, else the oldest usual one. Refuses one that lacks the operators of either."""
     needs = {precision: DEPLOYMENT_LEAST.get(precision), f"form {form}": FORM_DEPLOYMENT_LEAST.get(form or "")}
     for what, least in needs.items():
         if asked is not None and least is not None and before(asked, least):

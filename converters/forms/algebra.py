@@ -68,16 +68,20 @@ def carry_biases(block: OpenBlock, *, scale: float = 1.0) -> None:
 
     A norm without affine gives n with 1^T n = 0, so that a constant s added to it is told apart from the tokens:
     W' = W C / g + b 1^T / (d g s), C = I - 1 1^T / d, has W' g (n + s 1) = W n + b. `scale` is g.
+
+    Biases of 0 need nothing carried, and must not: an untrained network of such biases gives 0 for a black picture,
+    and its norms would make of W C 1, which is 0 but for rounding, anything.
     """
     for encoder in block.encoders:
         qkv = encoder.attention.qkv
-        for weight, bias in itertools.zip_longest(qkv.weights, qkv.biases):
-            carried = weight.double() - weight.double().mean(dim=1, keepdim=True)
-            if bias is not None:
-                carried += bias.double()[:, None] / (weight.shape[1] * SHIFT)
-            set_weight(weight, carried / scale)
+        if any(bool(bias.any()) for bias in qkv.biases):
+            for weight, bias in itertools.zip_longest(qkv.weights, qkv.biases):
+                carried = weight.double() - weight.double().mean(dim=1, keepdim=True)
+                if bias is not None:
+                    carried += bias.double()[:, None] / (weight.shape[1] * SHIFT)
+                set_weight(weight, carried / scale)
+            encoder.norm1 = CarryingNorm(encoder.norm1, scale)
         qkv.biases = nn.ParameterList()
-        encoder.norm1 = CarryingNorm(encoder.norm1, scale)
 
 
 class CarryingNorm(nn.Module):

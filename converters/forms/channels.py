@@ -55,6 +55,9 @@ class ChannelNorm(nn.Module):
     weight, both of them vectors. A weight of 1 is removed before it looks.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.carries = isinstance(norm, CarryingNorm)
