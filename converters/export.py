@@ -175,7 +175,7 @@ def choose_network(model: LoadedModel, folded: nn.Module, target: Target) -> tup
     taken = None
     if form != PLAIN and len(model.input_shapes) == 1:
         example = torch.rand(model.input_shapes[0], generator=torch.Generator().manual_seed(0))
-        taken = take_form(folded, form, example, batched=batched)
+        taken = take_form(folded, (target.format, form), example, batched=batched)
     if taken is None and target.form not in (None, PLAIN):
         several, none = "takes one image size", f"needs MobileViT blocks, {model.info.name} has none"
         raise UsageError(f"--form {form} {several if len(model.input_shapes) > 1 else none}; leave it out")

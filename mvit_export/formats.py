@@ -58,6 +58,7 @@ DEPLOYMENT_LEAST = {
     "int8-weight": "iOS16", "palette8": "iOS18", "palette6": "iOS18", "palette4": "iOS18", "int8": "iOS17",
     "int4-weight": "iOS18",
 }  # fmt: skip
+FORM_DEPLOYMENT_LEAST = {"channels": "iOS16"}  # pixel_unshuffle
 DEFAULT_RECIPE = "accurate"
 PLAIN = "plain"  # the form of the network as it was written
 FEW_BIT_FORMS = {"onnx": "flat"}  # recipes speak of the plain network's layers elsewhere
@@ -150,7 +151,7 @@ def plan_targets(
                     input,
                     opset=choose_opset(opset, p) if fmt.name == "onnx" else None,
                     dynamic_batch=dynamic_batch and fmt.name == "onnx",
-                    deployment_target=choose_deployment(deployment_target, p) if fmt.name == "coreml" else None,
+                    deployment_target=choose_deployment(deployment_target, p, form) if fmt.name == "coreml" else None,
                     recipe=(recipe or DEFAULT_RECIPE) if p in WITH_RECIPE else None,
                     form=None if form is None else choose_form(form, fmt, p),
                 )
@@ -174,12 +175,13 @@ def choose_opset(asked: int | None, precision: str) -> int:
     return asked or least
 
 
-def choose_deployment(asked: str | None, precision: str) -> str:
-    """The target that was asked for, else the oldest usual one. Refuses one that lacks the precision's operators."""
-    least = DEPLOYMENT_LEAST.get(precision, DEPLOYMENT_TARGETS[0])
-    if asked is not None and before(asked, least):
-        raise UsageError(f"--deployment-target {asked} has no {precision}, expected {least} or later")
-    return asked or max("iOS16", least, key=DEPLOYMENT_TARGETS.index)
+def choose_deployment(asked: str | None, precision: str, form: str | None = None) -> str:
+    """The target that was asked for, else the oldest usual one. Refuses one that lacks the operators of either."""
+    needs = {precision: DEPLOYMENT_LEAST.get(precision), f"form {form}": FORM_DEPLOYMENT_LEAST.get(form or "")}
+    for what, least in needs.items():
+        if asked is not None and least is not None and before(asked, least):
+            raise UsageError(f"--deployment-target {asked} has no {what}, expected {least} or later")
+    return asked or max("iOS16", needs[precision] or "iOS16", key=DEPLOYMENT_TARGETS.index)
 
 
 def before(target: str, other: str) -> bool:

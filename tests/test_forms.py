@@ -28,7 +28,7 @@ from mvit_export.errors import ConversionError, UsageError
 from mvit_export.formats import FORMATS, FULL, PLAIN, plan_targets
 from mvit_export.models.mobilevit import ConvNormAct, MobileViT, MobileViTBlock
 
-NAMES = sorted(FORMS)
+KEYS = pytest.mark.parametrize("key", FORMS, ids="-".join)
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -44,41 +44,41 @@ def close(found: torch.Tensor, expected: torch.Tensor, rel: float = 5e-6) -> Non
 
 
 def test_every_form_that_can_be_asked_for_exists() -> None:
-    assert {form for fmt in FORMATS.values() for form in fmt.forms} == {*FORMS, PLAIN}
+    assert {(fmt.name, form) for fmt in FORMATS.values() for form in fmt.forms if form != PLAIN} == {*FORMS}
 
 
 # The same function
 
 
-@pytest.mark.parametrize("form", NAMES)
+@KEYS
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 3, 64, 96), (1, 3, 80, 72), (3, 3, 64, 64), (2, 3, 48, 80)])
 @torch.no_grad()
-def test_form_changes_nothing(form: str, shape: tuple[int, ...], tiny_model: Any) -> None:
+def test_form_changes_nothing(key: tuple[str, str], shape: tuple[int, ...], tiny_model: Any) -> None:
     """Also where the patch does not divide the map, and in batches."""
     x = noise(*shape)
     network = folded(tiny_model.module, x)
-    formed = take_form(network, form, x, batched=shape[0] > 1)
+    formed = take_form(network, key, x, batched=shape[0] > 1)
     assert formed is not None
     assert not any(type(part) is MobileViTBlock for part in formed.modules())
     close(formed(x), tiny_model.module(x))
 
 
-@pytest.mark.parametrize("form", NAMES)
+@KEYS
 @pytest.mark.parametrize("change", [{"patch_config": "B"}, {"output_stride": 8}, {"widths": (32, 48, 24)}])
 @torch.no_grad()
-def test_form_changes_nothing_in_other_networks(form: str, change: dict[str, Any]) -> None:
+def test_form_changes_nothing_in_other_networks(key: tuple[str, str], change: dict[str, Any]) -> None:
     network, x = randomize(MobileViT(replace(CONFIG, **change))), noise(1, 3, 128, 128)
-    formed = take_form(folded(network, x), form, x)
+    formed = take_form(folded(network, x), key, x)
     assert formed is not None
     close(formed(x), network(x))
 
 
-@pytest.mark.parametrize("form", NAMES)
-def test_modules_with_weights_keep_their_paths(form: str, tiny_model: Any) -> None:
+@KEYS
+def test_modules_with_weights_keep_their_paths(key: tuple[str, str], tiny_model: Any) -> None:
     x = noise(1, 3, 64, 64)
     network = folded(tiny_model.module, x)
     before = copy.deepcopy(network.state_dict())
-    formed = take_form(network, form, x)
+    formed = take_form(network, key, x)
     assert formed is not None
     with_weights = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
     assert with_weights <= {name for name, _ in formed.named_modules()}, "a recipe would not find these"
@@ -194,22 +194,22 @@ CHANGES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["flat", "winograd"])
+@pytest.mark.parametrize("key", [("onnx", "flat"), ("tflite", "winograd")], ids="-".join)
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_changed_block_keeps_its_form(change: Callable[[Any], None], form: str, tiny_model: Any) -> None:
+def test_changed_block_keeps_its_form(change: Callable[[Any], None], key: tuple[str, str], tiny_model: Any) -> None:
     network, x = copy.deepcopy(tiny_model.module), noise(1, 3, 64, 64)
     change(network.stages[2][1])
     expected = network(x)
     assert float((expected - tiny_model.module(x)).abs().max()) > 1e-4, "the change computes something else"
-    formed: Any = take_form(folded(network, x), form, x, batched=False)
+    formed: Any = take_form(folded(network, x), key, x, batched=False)
     close(formed(x), expected)
     assert type(formed.stages[2][1]) is type(network.stages[2][1]) and type(formed.stages[3][1]) is not MobileViTBlock
 
 
 def test_network_without_such_blocks_has_no_form() -> None:
     x = noise(1, 3, 64, 64)
-    assert take_form(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "flat", x) is None
+    assert take_form(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), ("onnx", "flat"), x) is None
     assert not is_standard(MobileViTBlock(8, 16, depth=1, patch=2, dropout=0.0)), "its BatchNorms are not folded"
 
 
@@ -220,7 +220,7 @@ def test_network_that_reaches_into_its_blocks_is_refused() -> None:
 
     network, x = randomize(Scaled(CONFIG)), noise(1, 3, 64, 64)
     with pytest.raises(ConversionError, match=r"form patches changes the output 'logits' .*; pass --form plain"):
-        take_form(folded(network, x), "patches", x)
+        take_form(folded(network, x), ("tflite", "patches"), x)
 
 
 # Files

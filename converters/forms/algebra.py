@@ -5,12 +5,15 @@ Letters: W and b a layer's weight and bias, d the transformer width, 1 a vector 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mvit_export.converters.forms.blocks import OpenBlock
+
+SHIFT = 1 / 16  # s of `carry_biases`: the smaller, the more digits n keeps in fp16
 
 
 def scale_queries(block: OpenBlock) -> None:
@@ -58,6 +61,39 @@ def absorb(norm: Any, weight: Tensor, bias: Tensor) -> None:
 
 def plain(norm: Any) -> nn.LayerNorm:
     return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+
+
+def carry_biases(block: OpenBlock, *, scale: float = 1.0) -> None:
+    """The biases of q, k and v as parts of their weights, for layers that have no place for them.
+
+    A norm without affine gives n with 1^T n = 0, so that a constant s added to it is told apart from the tokens:
+    W' = W C / g + b 1^T / (d g s), C = I - 1 1^T / d, has W' g (n + s 1) = W n + b. `scale` is g.
+
+    Biases of 0 need nothing carried, and must not: an untrained network of such biases gives 0 for a black picture,
+    and its norms would make of W C 1, which is 0 but for rounding, anything.
+    """
+    for encoder in block.encoders:
+        qkv = encoder.attention.qkv
+        if any(bool(bias.any()) for bias in qkv.biases):
+            for weight, bias in itertools.zip_longest(qkv.weights, qkv.biases):
+                carried = weight.double() - weight.double().mean(dim=1, keepdim=True)
+                if bias is not None:
+                    carried += bias.double()[:, None] / (weight.shape[1] * SHIFT)
+                set_weight(weight, carried / scale)
+            encoder.norm1 = CarryingNorm(encoder.norm1, scale)
+        qkv.biases = nn.ParameterList()
+
+
+class CarryingNorm(nn.Module):
+    """A norm without affine, then g (n + s)."""
+
+    def __init__(self, norm: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x) + SHIFT
+        return y if self.scale == 1 else y * self.scale
 
 
 def centre_stream(block: OpenBlock) -> None:
