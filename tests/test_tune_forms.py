@@ -250,14 +250,23 @@ def test_lost_device_leaves_everything_as_it_was(
 
 
 def test_scratch_of_a_killed_run_goes_with_the_next(
-    copy: Callable[..., Path], exports: SimpleNamespace, bench: Callable[..., Bench]
+    copy: Callable[..., Path], exports: SimpleNamespace, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    places: list[Path] = []
+
+    def see(paths: list[Path], **_: Any) -> None:
+        places.extend(next(p for p in paths[0].parents if p.parent == base.parent).iterdir())
+        raise DeviceError("ssh:pi was lost")
+
     base = copy("onnx")
-    left = base.with_name(f".{base.name}.work{staging.SUFFIX}")
-    (left / "others").mkdir(parents=True)
+    monkeypatch.setattr(module, "run_bench", see)
+    with pytest.raises(DeviceError):
+        tune_forms(base)
+    for place in places:
+        place.mkdir(parents=True)  # as if nobody had cleaned up
     bench({})
-    tune_forms(base)
-    assert not left.exists()
+    tune_forms(base, out=base.with_name("elsewhere"))
+    assert {path.name for path in base.parent.iterdir()} == {base.name, "elsewhere"}
 
 
 def test_places_that_are_taken(copy: Callable[..., Path], exports: SimpleNamespace, tmp_path: Path) -> None:
