@@ -1,50 +1,186 @@
-"""`mvit-export tune`: the recipe that keeps the accuracy and costs least, found by measuring."""
+"""`mvit-export tune`: what is best found by measuring, the recipe of an int8 file or, with --latency, the form."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from mvit_export.cli_base import EXIT_CODES, Json, Quiet, Verbose, session
+from mvit_export.cli_base import (
+    EXIT_CODES,
+    BenchmarkBinary,
+    Device,
+    DevicePython,
+    Json,
+    Quiet,
+    Verbose,
+    session,
+)
+from mvit_export.errors import UsageError
+from mvit_export.terminal import Terminal, megabytes, status_text
+
+if TYPE_CHECKING:
+    from mvit_export.benchmarks.tune import Search
+    from mvit_export.benchmarks.tune_forms import Choice, Setup, Tried
+
+RECIPE_OPTIONS = ("data", "calibration", "max_drop", "candidates", "limit")
+FORM_OPTIONS = ("runtime", "device", "device_python", "benchmark_binary", "overwrite")
+RECIPE_BUDGET, FORM_BUDGET = 5.0, 30.0  # seconds; a search has many candidates, forms are few and lie close together
 
 
 def tune(
-    artifact: Annotated[Path, typer.Argument(help="The fp32 artifact to make smaller and faster.")],
-    data: Annotated[Path, typer.Option(help="Labelled pictures to measure on: one folder a class, or .npz.")],
-    calibration: Annotated[Path, typer.Option(help="Pictures to find ranges on; others than those of --data.")],
-    max_drop: Annotated[float, typer.Option(help="Points of top-1 that may be lost.", min=0.0)] = 1.0,
-    out: Annotated[Path, typer.Option(help="Folder of the search; one that was stopped goes on.")] = Path("tune"),
-    candidates: Annotated[int, typer.Option(help="Most recipes to try.", min=3)] = 40,
-    limit: Annotated[int | None, typer.Option(help="Most pictures to measure accuracy on.", min=1)] = None,
-    budget: Annotated[float, typer.Option(help="Seconds of latency for each file of a candidate.", min=0.1)] = 5.0,
+    ctx: typer.Context,
+    artifact: Annotated[Path, typer.Argument(help="The artifact to make faster: fp32, with --latency also fp16.")],
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Choose the form of a MobileViT by its latency; no pictures needed.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Recipes: labelled pictures to measure on, one folder a class, or .npz.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Recipes: pictures to find ranges on; others than those of --data.")
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="Recipes: points of top-1 that may be lost.", min=0.0)] = 1.0,
+    candidates: Annotated[int, typer.Option(help="Recipes: most to try.", min=3)] = 40,
+    limit: Annotated[int | None, typer.Option(help="Recipes: most pictures to measure accuracy on.", min=1)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recipes: folder of the search (tune); one that was stopped goes on. "
+            "--latency: the kept artifact (ARTIFACT-tuned)."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="--latency: replace --out, or without it ARTIFACT itself.")
+    ] = False,
+    runtime: Annotated[
+        str | None, typer.Option(help="--latency: NAME[:OPTION] as bench takes it, e.g. litert:gpu (the format's own).")
+    ] = None,
+    device: Device = "local",
+    device_python: DevicePython = None,
+    benchmark_binary: BenchmarkBinary = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Most seconds of latency for each file (5; --latency: 30).", min=0.1)
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of the runtime.", min=1)] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Search int8 recipes on accuracy and latency; write the front and the best recipe."""
-    with session(as_json, quiet, verbose) as terminal:
-        from mvit_export.benchmarks import tune as tuning
+    """Find what is fastest by measuring: int8 recipes, or with --latency the form of an fp32 or fp16 file.
 
-        search = tuning.open_search(
-            artifact, data=data, calibration=calibration, max_drop=max_drop, folder=out, limit=limit, budget_s=budget,
-            candidates=candidates, threads=threads,
-        )  # fmt: skip
-        with terminal.progress("tune") as step:
-            outcomes, errors = tuning.tune(search, on_step=lambda what: step(f"tune {what}"))
-        front, best = tuning.pareto(outcomes), tuning.best_of(search, outcomes)
-        for line in tuning.table(outcomes, front).splitlines():
-            terminal.print(line)
-        for error in errors:
-            terminal.print(f"refused  {error}")
-        if best is None:
-            terminal.print(f"FAIL  no recipe of {len(outcomes)} keeps the loss within {max_drop:g} points of top-1")
+    Recipes are searched on accuracy and latency; the front and the best recipe are written. Forms are the same function
+    written in other ways: each is proven and timed where it will run, and the fastest becomes the artifact.
+    """
+    with session(as_json, quiet, verbose) as terminal:
+        if latency:
+            refuse_given(ctx, RECIPE_OPTIONS, "does not apply to --latency; leave it out")
+            from mvit_export.benchmarks.tune_forms import Setup
+
+            setup = Setup(device, device_python, benchmark_binary, runtime, threads, budget or FORM_BUDGET)
+            status = choose_form(terminal, artifact, setup, out, overwrite=overwrite)
         else:
-            terminal.print(f"best: {best.recipe.name}, {best.drop:.2f} points lost, {tuning.describe_cost(best)}")
-            terminal.print(f"Next:  mvit-export --to {search.format} --like {artifact} --precision int8 \\")
-            terminal.print(f"         --recipe {out / 'best.toml'} --calibration {calibration}")
-        status = "pass" if best else "fail"
-        terminal.print_json({"status": status, **tuning.document(search, outcomes, errors)})
+            refuse_given(ctx, FORM_OPTIONS, "applies to tune --latency alone; pass --latency too, or leave it out")
+            if data is None or calibration is None:
+                raise UsageError("tune takes --data and --calibration to search recipes, or --latency to choose a form")
+            from mvit_export.benchmarks.tune import open_search
+
+            search = open_search(
+                artifact, data=data, calibration=calibration, max_drop=max_drop, folder=out or Path("tune"),
+                limit=limit, budget_s=budget or RECIPE_BUDGET, candidates=candidates, threads=threads,
+            )  # fmt: skip
+            status = search_recipes(terminal, search)
         raise typer.Exit(EXIT_CODES[status])
+
+
+def refuse_given(ctx: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse the options of the other mode that stand on the command line, whatever their value."""
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
+
+
+# Recipes
+
+
+def search_recipes(terminal: Terminal, search: Search) -> str:
+    """Run the search and print what it found; pass if a recipe keeps the drop."""
+    from mvit_export.benchmarks import tune as tuning
+
+    with terminal.progress("tune") as step:
+        outcomes, errors = tuning.tune(search, on_step=lambda what: step(f"tune {what}"))
+    front, best = tuning.pareto(outcomes), tuning.best_of(search, outcomes)
+    for line in tuning.table(outcomes, front).splitlines():
+        terminal.print(line)
+    for error in errors:
+        terminal.print(f"refused  {error}")
+    if best is None:
+        terminal.print(f"FAIL  no recipe of {len(outcomes)} keeps the loss within {search.max_drop:g} points of top-1")
+    else:
+        terminal.print(f"best: {best.recipe.name}, {best.drop:.2f} points lost, {tuning.describe_cost(best)}")
+        terminal.print(f"Next:  mvit-export --to {search.format} --like {search.base.path} --precision int8 \\")
+        terminal.print(f"         --recipe {search.folder / 'best.toml'} --calibration {search.calibration}")
+    status = "pass" if best else "fail"
+    terminal.print_json({"status": status, **tuning.document(search, outcomes, errors)})
+    return status
+
+
+# Forms
+
+
+def choose_form(terminal: Terminal, artifact: Path, setup: Setup, out: Path | None, *, overwrite: bool) -> str:
+    """Try the forms, keep the fastest, print what each gave."""
+    from mvit_export.benchmarks.tune_forms import tune_forms
+
+    with terminal.progress("tune") as step:
+        choice = tune_forms(
+            artifact, setup=setup, out=out, overwrite=overwrite, on_step=lambda what: step(f"tune {what}")
+        )
+    for tried in choice.tried:
+        print_form(terminal, tried, own=choice.tried[0].form)
+    for note in notes(choice):
+        terminal.print("  ", Text("note", style="bold yellow"), note)
+    terminal.print(verdict(choice))
+    terminal.print_json(choice.to_json())
+    return choice.status
+
+
+def print_form(terminal: Terminal, tried: Tried, *, own: str) -> None:
+    """One form: its time to that of the artifact's own, what proves it, its size; or why it has none of these."""
+    label = status_text(tried.status) if tried.status in EXIT_CODES else Text("left out", style="bold")
+    parts = [tried.form]
+    if tried.row:
+        low, high = tried.row["median_interval_ms"]
+        parts.append(f"median {tried.row['median_ms']:.2f} ms [{low:.2f}, {high:.2f}]")
+        parts.append(f"{tried.ratio} times the time of {own}" if tried.ratio else "as the artifact is")
+    if tried.psnr_db is not None:
+        parts.append(f"parity {tried.psnr_db:.1f} dB")
+    if tried.bytes is not None:
+        parts.append(megabytes(tried.bytes))
+    if tried.reason:
+        parts.append(tried.reason if tried.row or tried.status == "left-out" else f"not timed: {tried.reason}")
+    terminal.print(label, "  ".join(parts))
+
+
+def notes(choice: Choice) -> list[str]:
+    """What a reader of the figures has to know."""
+    found = [f"{tried.form}: {warning}" for tried in choice.tried if tried.row for warning in tried.row["warnings"]]
+    if choice.setup.runtime and ":" in choice.setup.runtime and choice.kept:
+        checked = ", ".join(dict.fromkeys(check.runtime for check in choice.kept.checks if check.runtime))
+        found.append(f"parity was checked in {checked}; in {choice.setup.runtime} only the time was measured")
+    return found
+
+
+def verdict(choice: Choice) -> str:
+    own, kept = choice.tried[0], choice.kept
+    if kept is None:
+        return f"nothing was chosen or written: {choice.base.path} itself has no latency here"
+    where = (
+        f"{choice.runtime} on {choice.setup.device}, {choice.setup.threads} thread{'s' * (choice.setup.threads > 1)}"
+    )
+    if kept is own:
+        return f"chosen: {own.form}, no other form is shown to be faster in {where}; written to {choice.place}"
+    return f"chosen: {kept.form}, {kept.ratio} times the time of {own.form} in {where}; written to {choice.place}"

@@ -72,6 +72,33 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
                 place.rmdir()  # only if empty
 
 
+@contextmanager
+def scratch_directory(place: Path) -> Iterator[Path]:
+    """Give an empty directory beside `place` to prepare it in; it is gone at the end, whatever happened.
+
+    If this run is killed, the next one that writes beside `place` takes the directory away. Raises ArtifactError where
+    another run works at the same place, or the disk refuses.
+    """
+    if fcntl is None:
+        raise ArtifactError("this system has no flock, which a safe export needs; use Linux or macOS")
+    scratch = place.parent / f".{place.name}.work{SUFFIX}"
+    made = [folder for folder in (place.parent, *place.parent.parents) if not os.path.exists(folder)]  # innermost first
+    lock = None
+    try:
+        with _disk_errors(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(place.parent)
+            lock = _claim(scratch, place)
+            yield scratch
+    finally:
+        if lock is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()  # only if empty: what was prepared may have gone there
+
+
 def check_free(place: Path, *, overwrite: bool) -> None:
     """Refuse an existing `place` unless it may be overwritten; only artifact directories are ever overwritten."""
     if not os.path.lexists(place):

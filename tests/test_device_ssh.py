@@ -31,12 +31,14 @@ from conftest import (
     unavailable,
 )
 
+from mvit_export.artifact import read_artifact
 from mvit_export.benchmarks import devices, ssh
 from mvit_export.benchmarks.devices import open_device
 from mvit_export.benchmarks.remote import DeviceRuntimes
 from mvit_export.benchmarks.ssh import Ssh
 from mvit_export.benchmarks.worker import RUNNER, Worker
 from mvit_export.errors import ArtifactError, DeviceError, UsageError
+from mvit_export.formats import FORMATS
 from mvit_export.parity import ParityResult, verify
 
 pytestmark = [pytest.mark.slow, *NEEDS_TFLITE_RUNTIME]
@@ -342,6 +344,28 @@ def test_bench_over_ssh(
     assert row["runtime"] == "tflite-runtime 2.14.0 CPU XNNPACK"
     assert 0 < row["min_ms"] <= row["median_ms"] <= row["p99_ms"]
     assert json.loads((place / "latency.ssh-box.json").read_text())["results"] == [row]
+
+
+def test_tune_latency_over_ssh(ssh_command: dict[str, str], server: Server, copy: Callable[..., Path]) -> None:
+    """Each form is proven there and here, timed there, and the kept one says where it was chosen."""
+    place = copy("onnx")
+    options = ["--latency", "--device", "ssh:box", "--device-python", sys.executable, "--budget", "1.5"]
+    done = run_cli("tune", place, "--json", *options, env=ssh_command)
+    assert done.code == 0, done.err
+    assert (done.json["device"], done.json["machine"]["machine"]) == ("ssh:box", os.uname().machine)
+    assert len(done.json["forms"]) == len(FORMATS["onnx"].forms)
+    for form in done.json["forms"]:
+        assert [check["device"] for check in form["checks"]] == ["ssh:box", "local"]
+        assert {check["status"] for check in form["checks"]} == {"pass"}
+        assert form["checks"][0]["runtime"].endswith(f" on ssh:box (Linux {os.uname().machine})")
+        assert form["median_ms"] > 0
+    kept = read_artifact(place.with_name("onnx-tuned"))
+    assert kept.manifest.tuning["device"] == "ssh:box"
+    assert kept.manifest.form == done.json["chosen"]
+    for record in ("parity.json", "parity.ssh-box.json", "latency.ssh-box.json"):
+        assert str(kept.path) in (kept.path / record).read_text()
+    assert not list(place.glob("*.ssh-box.json")), "the artifact itself is left alone"
+    wait_for(lambda: not list(server.scratch.iterdir()), "the scratch folder is removed")
 
 
 # What goes wrong
