@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_export.artifact import MANIFEST, Artifact, TensorSpec, find_artifacts, read_artifact
-from mvit_export.errors import require
+from mvit_export.errors import first_line, require
 
 PACKAGE_SUFFIX = ".mlpackage"
 
@@ -63,9 +63,32 @@ def read_onnx(path: Path) -> dict[str, Any]:
     onnx = require("onnx", extra="onnx", purpose="to inspect ONNX files")
     model = onnx.load(str(path), load_external_data=False)
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
-    return _contents(
+    contents = _contents(
         {"ir_version": model.ir_version, "opsets": opsets}, Counter(node.op_type for node in model.graph.node)
     )
+    return contents | {"phones": phone_partitions(onnx.shape_inference.infer_shapes(model))}
+
+
+def phone_partitions(model: Any) -> dict[str, Any]:
+    """How much of an ONNX graph with known shapes a phone's accelerators take, by ONNX Runtime's own usability checker.
+
+    Each partition is a stretch of nodes that an accelerator runs by itself; between them data goes back to the CPU.
+    """
+    try:
+        from onnxruntime.tools.mobile_helpers import usability_checker as checker
+    except ImportError as error:
+        return {"reason": f"onnxruntime's mobile usability checker cannot be imported: {first_line(error)}"}
+    found = {
+        "NNAPI": checker.check_nnapi_partitions(model, True),
+        "Core ML": checker.check_coreml_partitions(model, True, "coreml_supported_mlprogram_ops.md"),
+    }
+    return {
+        name: {
+            "nodes": info.num_nodes, "supported": info.num_supported_nodes, "partitions": info.num_partitions,
+            "unsupported": sorted(info.unsupported_ops),
+        }
+        for name, info in found.items()
+    }  # fmt: skip
 
 
 def read_tflite(path: Path) -> dict[str, Any]:
@@ -113,6 +136,7 @@ def describe(report: Mapping[str, Any], *, verbose: bool = False) -> Iterator[st
     yield from describe_interface(report)
     counts = ", ".join(f"{count} {name}" for name, count in report["operators"].items())
     yield f"  operators   {report['operator_count']}: {counts}"
+    yield from describe_phones(report.get("phones", {}))
     if "lint" in report:
         yield from describe_lint(report["lint"], verbose=verbose)
 
@@ -131,6 +155,16 @@ def describe_interface(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {kind[:-1]:<11} {spec['name']}  {text}  {spec['dtype']}  {spec['layout']}".rstrip()
     if p := report.get("preprocessing"):
         yield f"  pixels      {p['channel_order']}, (x / 255 - {p['mean']}) / {p['std']}, from: {p['source']}"
+
+
+def describe_phones(phones: Mapping[str, Any]) -> Iterator[str]:
+    if "reason" in phones:
+        yield f"  phones      NOT-RUN: {phones['reason']}"
+        return
+    for name, part in phones.items():
+        unknown = f", not {', '.join(part['unsupported'])}" if part["unsupported"] else ""
+        counts = f"{part['supported']} of {part['nodes']} nodes in {part['partitions']} partitions"
+        yield f"  phones      {name}: {counts}{unknown} (onnxruntime's usability checker; a device decides)"
 
 
 def describe_lint(lint: Mapping[str, Any], *, verbose: bool) -> Iterator[str]:

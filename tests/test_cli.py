@@ -146,6 +146,13 @@ def test_inspect_counts_operators(cli: Cli, tiny_artifact: Callable[..., Path], 
     assert report["preprocessing"]["channel_order"] == "BGR"
 
 
+def test_inspect_tells_what_accelerators_take(cli: Cli, tiny_artifact: Callable[..., Path]) -> None:
+    done = cli("inspect", tiny_artifact("onnx"))
+    count = cli("inspect", tiny_artifact("onnx"), "--json").json["artifacts"][0]["operator_count"]
+    assert f"phones      Core ML: {count} of {count} nodes in 1 partitions (" in done.out
+    assert "phones      NNAPI: " in done.out and "partitions, not ai.onnx:LayerNormalization (" in done.out
+
+
 def test_doctor_names_every_target_and_runtime(cli: Cli) -> None:
     done = cli("doctor", "--json")
     assert done.code == 0
