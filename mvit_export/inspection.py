@@ -38,6 +38,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "model": manifest.to_json()["model"] | {"labels": len(manifest.model.labels or ())},
         "format": manifest.format,
         "precision": manifest.precision,
+        "form": manifest.form,
         "bytes": artifact.model_bytes,
         "created": manifest.created,
         "trained": manifest.weights.trained,
@@ -132,6 +133,7 @@ def describe(report: Mapping[str, Any], *, verbose: bool = False) -> Iterator[st
         yield describe_model(report["model"], report["trained"])
     details = ", ".join(f"{key} {value}" for key, value in report["details"].items())
     kind = " ".join(report[key] for key in ("format", "precision") if key in report)
+    kind += f", form {report['form']}" if "form" in report else ""
     yield f"  file        {kind}, {report['bytes'] / 1e6:.2f} MB, {details}"
     yield from describe_interface(report)
     counts = ", ".join(f"{count} {name}" for name, count in report["operators"].items())

@@ -150,6 +150,7 @@ def test_inspect_tells_what_accelerators_take(cli: Cli, tiny_artifact: Callable[
     done = cli("inspect", tiny_artifact("onnx"))
     count = cli("inspect", tiny_artifact("onnx"), "--json").json["artifacts"][0]["operator_count"]
     assert f"phones      Core ML: {count} of {count} nodes in 1 partitions (" in done.out
+    assert "  file        onnx fp32, form flat, " in done.out
     assert "phones      NNAPI: " in done.out and "partitions, not ai.onnx:LayerNormalization (" in done.out
 
 
