@@ -24,7 +24,7 @@ from mvit_export.benchmarks.peer_exports import MISSING, PEERS, Peer, error_line
 from mvit_export.benchmarks.peer_models import build_network, check_same_logits, state_of
 from mvit_export.benchmarks.random_weights import randomize
 from mvit_export.errors import ArtifactError, ConversionError, MissingDependencyError, UsageError
-from mvit_export.formats import Target
+from mvit_export.formats import PLAIN, Target
 from mvit_export.inspection import inspect_artifact
 from mvit_export.models.mobilevit import create_mobilevit
 from mvit_export.preprocessing import FAMILY_PREPROCESSING
@@ -165,10 +165,8 @@ def export_default(blank: File, source: Source, runs: int) -> File:
 
 def export_form(source: Source, fmt: str, form: str) -> Artifact:
     model = load_model(weights=source.weights[OURS], image_size=source.size)
-    options: dict[str, Any] = {"form": form}
-    (result,) = export(
-        model, to=fmt, precision="fp32", out=source.folder / form, overwrite=True, verify=False, **options
-    )
+    out = source.folder / form
+    (result,) = export(model, to=fmt, precision="fp32", form=form, out=out, overwrite=True, verify=False)
     return result.artifact
 
 
@@ -204,8 +202,8 @@ def wrap(raw: Path, like: Artifact, place: Path, tools: dict[str, str]) -> Artif
             (shutil.copytree if path.is_dir() else shutil.copy)(path, staging / path.name)
         shutil.copy(like.path / GOLDEN, staging / GOLDEN)
         manifest = replace(
-            like.manifest, target=Target(like.manifest.format, "fp32"), capture="", tools=tools, created=now(),
-            files=hash_files(staging),
+            like.manifest, target=Target(like.manifest.format, "fp32"), form=PLAIN, capture="", tools=tools,
+            created=now(), files=hash_files(staging),
         )  # fmt: skip
         write_json(staging / MANIFEST, manifest.to_json())
     return read_artifact(place)

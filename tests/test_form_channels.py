@@ -143,8 +143,6 @@ def test_file_passes(exported: Exported, fmt: str, precision: str, size: int) ->
 def test_no_tensor_above_five_axes(exported: Exported, fmt: str) -> None:
     """In any form: the Neural Engine's limit, and what everything else takes."""
     for form in FORMATS[fmt].forms:
-        if form == "winograd":
-            continue  # has its own tests
         shapes = activation_shapes(exported(fmt, form))
         assert len(shapes) > 100
         assert max(map(len, shapes)) <= 5, form
