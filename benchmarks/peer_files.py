@@ -24,7 +24,7 @@ from mvit_export.benchmarks.peer_exports import MISSING, PEERS, Peer, error_line
 from mvit_export.benchmarks.peer_models import build_network, check_same_logits, state_of
 from mvit_export.benchmarks.random_weights import randomize
 from mvit_export.errors import ArtifactError, ConversionError, MissingDependencyError, UsageError
-from mvit_export.formats import PLAIN, Target
+from mvit_export.formats import FORMATS, PLAIN, Target
 from mvit_export.inspection import inspect_artifact
 from mvit_export.models.mobilevit import create_mobilevit
 from mvit_export.preprocessing import FAMILY_PREPROCESSING
@@ -125,9 +125,10 @@ def kept_files(record: Path) -> Iterator[File]:
 
 
 def forms_of(fmt: str, asked: Sequence[str]) -> list[str]:
-    """Those for this format: `flat` is for all, `onnx:flat` for one. The default where none is."""
+    """Those for this format: `flat` is for all that have it, `onnx:flat` for one. The default where none is."""
     parts = [form.rpartition(":") for form in asked]
-    return [form for prefix, _, form in parts if prefix in ("", fmt)] or [DEFAULT]
+    known = (DEFAULT, *FORMATS[fmt].forms)
+    return [form for prefix, _, form in parts if prefix == fmt or (not prefix and form in known)] or [DEFAULT]
 
 
 # Ours
@@ -202,8 +203,8 @@ def wrap(raw: Path, like: Artifact, place: Path, tools: dict[str, str]) -> Artif
             (shutil.copytree if path.is_dir() else shutil.copy)(path, staging / path.name)
         shutil.copy(like.path / GOLDEN, staging / GOLDEN)
         manifest = replace(
-            like.manifest, target=Target(like.manifest.format, "fp32"), form=PLAIN, capture="", tools=tools,
-            created=now(), files=hash_files(staging),
+            like.manifest, target=Target(like.manifest.format, "fp32"), form=PLAIN, tuning=None, capture="",
+            tools=tools, created=now(), files=hash_files(staging),
         )  # fmt: skip
         write_json(staging / MANIFEST, manifest.to_json())
     return read_artifact(place)

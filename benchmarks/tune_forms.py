@@ -264,8 +264,10 @@ def try_form(form: str, model: LoadedModel, target: Target, scratch: Path, prove
             dynamic_batch=target.dynamic_batch, deployment_target=target.deployment_target, form=form,
             out=scratch / "others", verify=False,
         )  # fmt: skip
-    except (UsageError, ConversionError) as error:
+    except UsageError as error:
         return Tried(form, LEFT_OUT, without_advice(error))
+    except ConversionError as error:  # it applies, and cannot be had
+        return Tried(form, NOT_RUN, without_advice(error))
     return judge(form, made.artifact.path, prove)
 
 

@@ -34,7 +34,7 @@ from mvit_export.calibration import Calibration, open_calibration
 from mvit_export.cases import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, Case, make_cases, stored_case
 from mvit_export.converters.capture import INPUT_NAME, Conversion
 from mvit_export.converters.fold import fold_batch_norms
-from mvit_export.converters.forms import take_form
+from mvit_export.converters.forms import count_blocks, take_form
 from mvit_export.converters.recipes import find_recipe, recipe_name
 from mvit_export.converters.side_by_side import (
     Crew,
@@ -168,18 +168,31 @@ def choose_network(model: LoadedModel, folded: nn.Module, target: Target) -> tup
     """The network in the form that was asked for or is the default, and that form's name.
 
     A network without a MobileViT block that could be rewritten keeps its form, and so does one with several sizes,
-    whose blocks are written for that. Raises UsageError where another was asked for.
+    whose blocks are written for that. Raises UsageError where another was asked for, for all blocks.
     """
     form = target.form or target.default_form
+    if target.form not in (None, PLAIN):
+        check_form_fits(model, folded, form)
     batched = target.dynamic_batch or model.input_shapes[0][0] != 1
     taken = None
     if form != PLAIN and len(model.input_shapes) == 1:
         example = torch.rand(model.input_shapes[0], generator=torch.Generator().manual_seed(0))
         taken = take_form(folded, (target.format, form), example, batched=batched)
-    if taken is None and target.form not in (None, PLAIN):
-        several, none = "takes one image size", f"needs MobileViT blocks, {model.info.name} has none"
-        raise UsageError(f"--form {form} {several if len(model.input_shapes) > 1 else none}; leave it out")
     return (folded, PLAIN) if taken is None else (taken, form)
+
+
+def check_form_fits(model: LoadedModel, folded: nn.Module, form: str) -> None:
+    """Raises UsageError where a form that was asked for could not be had, or not for every MobileViT block."""
+    standard, count = count_blocks(folded)
+    if len(model.input_shapes) > 1:
+        raise UsageError(f"--form {form} takes one image size; leave it out")
+    if count == 0:
+        raise UsageError(f"--form {form} needs MobileViT blocks, {model.info.name} has none; leave it out")
+    if standard < count:
+        raise UsageError(
+            f"--form {form}: {count - standard} of {count} MobileViT blocks have a part that was replaced, or a "
+            "BatchNorm that could not be folded, and would keep their form; leave it out"
+        )
 
 
 def find_calibration(

@@ -192,8 +192,8 @@ class Crew:
         except (EOFError, OSError) as error:
             self.pool[near].join()
             raise ConversionError(
-                f"a process was lost (exit code {self.pool[near].exitcode}): a converter crashed or memory ran out; "
-                "try --jobs 1"
+                f"a process was lost (exit code {self.pool[near].exitcode}): a converter crashed, memory ran out, or a "
+                'script lacks `if __name__ == "__main__":`; try --jobs 1'
             ) from error
         result, failure, text = pickle.loads(answer)
         if failure is not None:

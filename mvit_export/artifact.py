@@ -233,6 +233,8 @@ def _check_values(manifest: Manifest) -> None:
         raise ValueError(f"format and precision do not agree with target {manifest.target.name}")
     if not manifest.inputs or not manifest.outputs:
         raise ValueError("no inputs or no outputs")
+    if not isinstance(manifest.form, str):
+        raise ValueError(f"form {manifest.form!r}")
     if re.fullmatch(r"\w+", manifest.model.name) is None:
         raise ValueError(f"name {manifest.model.name!r}")
     for spec in (*manifest.inputs, *manifest.outputs):

@@ -171,7 +171,7 @@ def follow_targets(step: Callable[[str], None], total: int) -> Callable[[Any, st
             done += 1
         else:
             doing[target.name] = what
-        step(f"{', '.join(f'{what} {name}' for name, what in doing.items())} ({done}/{total} done)")
+        step(f"{', '.join(f'{what} {name}' for name, what in doing.items())} ({done}/{total} done)".lstrip())
 
     return on_step
 

@@ -144,6 +144,7 @@ def plan_targets(
     for fmt in formats:
         wanted = split_list(precision) if precision else fmt.precisions[:1]
         for p in [choose(name, fmt.precisions, what=f"{fmt.title} precision") for name in wanted]:
+            chosen = None if form is None else choose_form(form, fmt, p)
             targets.append(
                 Target(
                     fmt.name,
@@ -151,9 +152,9 @@ def plan_targets(
                     input,
                     opset=choose_opset(opset, p) if fmt.name == "onnx" else None,
                     dynamic_batch=dynamic_batch and fmt.name == "onnx",
-                    deployment_target=choose_deployment(deployment_target, p, form) if fmt.name == "coreml" else None,
+                    deployment_target=choose_deployment(deployment_target, p, chosen) if fmt.name == "coreml" else None,
                     recipe=(recipe or DEFAULT_RECIPE) if p in WITH_RECIPE else None,
-                    form=None if form is None else choose_form(form, fmt, p),
+                    form=chosen,
                 )
             )
     return tuple(targets)

@@ -67,18 +67,24 @@ def read_onnx(path: Path) -> dict[str, Any]:
     contents = _contents(
         {"ir_version": model.ir_version, "opsets": opsets}, Counter(node.op_type for node in model.graph.node)
     )
-    return contents | {"phones": phone_partitions(onnx.shape_inference.infer_shapes(model))}
+    return contents | {"phones": phone_partitions(onnx, model)}
 
 
-def phone_partitions(model: Any) -> dict[str, Any]:
-    """How much of an ONNX graph with known shapes a phone's accelerators take, by ONNX Runtime's own usability checker.
+def phone_partitions(onnx: Any, model: Any) -> dict[str, Any]:
+    """How much of an ONNX graph a phone's accelerators take, by ONNX Runtime's own usability checker.
 
     Each partition is a stretch of nodes that an accelerator runs by itself; between them data goes back to the CPU.
+    They take fixed shapes alone, so a batch of any size counts as 1, which an app can set.
     """
     try:
         from onnxruntime.tools.mobile_helpers import usability_checker as checker
     except ImportError as error:
         return {"reason": f"onnxruntime's mobile usability checker cannot be imported: {first_line(error)}"}
+    for dimension in (d for tensor in model.graph.input for d in tensor.type.tensor_type.shape.dim):
+        if dimension.dim_param:
+            dimension.dim_value = 1  # which also unsets the name
+    del model.graph.value_info[:]
+    model = onnx.shape_inference.infer_shapes(model)
     found = {
         "NNAPI": checker.check_nnapi_partitions(model, True),
         "Core ML": checker.check_coreml_partitions(model, True, "coreml_supported_mlprogram_ops.md"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mvit_export.recipes import Recipe, Rule
 
 # Latency of xxs / xs / s: ratio to the plain fp32 file, 256x256, one thread, ONNX Runtime 1.31, AMD EPYC with
-# AVX512-VNNI. Part of it is the form of the graph that goes with few bits (forms.py), alone 0.85 / 0.91 / 0.92.
+# AVX512-VNNI. Part of it is the form of the graph that goes with few bits (forms/flat.py), alone 0.85 / 0.91 / 0.92.
 # Digits: the 454 held-out ones at 64x64, of which fp32 has 99.78 % right.
 ONNX_ACCURATE = "latency 0.75 / 0.77 / 0.74; digits 99.78 %, mean KL 9.0e-05"
 ONNX_FAST = (

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import LABELS, TINY, Finished
@@ -152,6 +153,15 @@ def test_inspect_tells_what_accelerators_take(cli: Cli, tiny_artifact: Callable[
     assert f"phones      Core ML: {count} of {count} nodes in 1 partitions (" in done.out
     assert "  file        onnx fp32, form flat, " in done.out
     assert "phones      NNAPI: " in done.out and "partitions, not ai.onnx:LayerNormalization (" in done.out
+
+
+def test_accelerators_see_a_batch_of_any_size_as_one(tiny_model: Any, tmp_path: Path) -> None:
+    from mvit_export import export
+    from mvit_export.inspection import inspect_path
+
+    (made,) = export(tiny_model, to="onnx", dynamic_batch=True, out=tmp_path, verify=False)
+    (report,) = inspect_path(made.artifact.path)
+    assert report["phones"]["Core ML"]["supported"] == report["operator_count"]
 
 
 def test_doctor_names_every_target_and_runtime(cli: Cli) -> None:

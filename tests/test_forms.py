@@ -19,12 +19,12 @@ from torch import nn
 from mvit_export import export, load_model, verify
 from mvit_export.converters import export as exporting
 from mvit_export.converters.fold import fold_batch_norms
-from mvit_export.converters.forms import FORMS, algebra, take_form
+from mvit_export.converters.forms import FORMS, algebra, difference, take_form
 from mvit_export.converters.forms.blocks import OpenBlock, is_standard
 from mvit_export.converters.forms.lanes import CutConv, cut_lanes
 from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.converters.forms.winograd import WinogradConv
-from mvit_export.errors import ConversionError, UsageError
+from mvit_export.errors import ArtifactError, ConversionError, UsageError
 from mvit_export.formats import FORMATS, FULL, PLAIN, plan_targets
 from mvit_export.models.mobilevit import ConvNormAct, MobileViT, MobileViTBlock
 
@@ -151,6 +151,11 @@ class Lora(nn.Linear):
         return super().forward(x) + x.mean()
 
 
+def replace_forward(block: Any) -> None:
+    plain = block.forward
+    block.forward = lambda x: 2 * plain(x)
+
+
 def change_class(block: Any) -> None:
     block.__class__ = Louder
 
@@ -189,8 +194,8 @@ def other_activation(block: Any) -> None:
 
 
 CHANGES = (
-    change_class, replace_dropout, subclass_linear, hook, dilate, reflect, without_bias, without_affine,
-    other_activation,
+    change_class, replace_forward, replace_dropout, subclass_linear, hook, dilate, reflect, without_bias,
+    without_affine, other_activation,
 )  # fmt: skip
 
 
@@ -221,6 +226,47 @@ def test_network_that_reaches_into_its_blocks_is_refused() -> None:
     network, x = randomize(Scaled(CONFIG)), noise(1, 3, 64, 64)
     with pytest.raises(ConversionError, match=r"form patches changes the output 'logits' .*; pass --form plain"):
         take_form(folded(network, x), ("tflite", "patches"), x)
+
+
+def test_output_of_nothing_but_zeros_is_the_same(tiny_model: Any) -> None:
+    """A zero-initialised classifier, or a mask: there is no scale to hold an error against."""
+    network, x = copy.deepcopy(tiny_model.module), noise(1, 3, 64, 64)
+    nn.init.zeros_(network.classifier.weight)
+    nn.init.zeros_(network.classifier.bias)
+    for key in FORMS:
+        assert take_form(folded(network, x), key, x) is not None
+
+
+def test_difference_of_outputs() -> None:
+    one, inf, nan = torch.ones(2), torch.tensor([1.0, torch.inf]), torch.tensor([1.0, torch.nan])
+    assert difference(one, one) == difference(inf, inf) == difference(nan, nan) == 0
+    assert difference(torch.zeros(2), torch.zeros(2)) == 0
+    assert difference(1.5 * one, one) == pytest.approx(0.5)
+    for found, expected in ((one, torch.zeros(2)), (inf, one), (one, nan), (torch.ones(3), one)):
+        assert difference(found, expected) == float("inf")
+
+
+@pytest.mark.parametrize("key", FORMS, ids="-".join)
+@torch.no_grad()
+def test_layers_that_stand_twice_are_rewritten_once(key: tuple[str, str], tiny_model: Any) -> None:
+    network, x = copy.deepcopy(tiny_model.module), noise(1, 3, 64, 64)
+    encoders = network.stages[3][1].encoders
+    encoders[1] = encoders[0]
+    formed = take_form(folded(network, x), key, x)
+    assert formed is not None
+    close(formed(x), network(x))
+
+
+@pytest.mark.parametrize("key", FORMS, ids="-".join)
+@torch.no_grad()
+def test_convolutions_without_bias_or_norm(key: tuple[str, str]) -> None:
+    network, x = randomize(MobileViT(replace(CONFIG, stages=(8, 8, 48, 16, 16)))), noise(1, 3, 64, 64)
+    for part in network.modules():
+        if isinstance(part, ConvNormAct):
+            part.norm = nn.Identity()
+    formed = take_form(folded(network, x), key, x)
+    assert formed is not None
+    close(formed(x), network(x))
 
 
 # Files
@@ -255,7 +301,7 @@ def test_any_batch_and_pictures_and_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "form"), [pair for pair in FILES if pair[1] != PLAIN and pair[0] != "coreml"] + [("onnx", "flat")]
+    ("fmt", "form"), [("onnx", "flat"), ("tflite", "patches"), ("tflite", "winograd"), ("coreml", "channels")]
 )
 def test_locate_names_a_layer_in_the_file_s_own_form(
     fmt: str, form: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,6 +334,32 @@ def test_names_of_targets() -> None:
     assert [t.name for t in plan_targets("tflite,onnx", form="plain")] == ["tflite-fp32-plain", "onnx-fp32-plain"]
     assert [t.default_form for t in plan_targets("onnx", precision=["fp16", "int8"])] == ["flat", "flat"]
     assert [t.default_form for t in plan_targets("tflite", precision=["fp16", "int8"])] == ["patches", "plain"]
+
+
+def test_form_s_name_in_any_case() -> None:
+    assert plan_targets("coreml", form="Channels")[0].form == "channels"
+    with pytest.raises(UsageError, match="--deployment-target iOS15 has no form channels, expected iOS16 or later"):
+        plan_targets("coreml", form="Channels", deployment_target="iOS15")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_form_that_not_all_blocks_could_have_is_refused(count: int, tiny_model: Any, tmp_path: Path) -> None:
+    network = copy.deepcopy(tiny_model.module)
+    for stage in network.stages[2 : 2 + count]:
+        other_activation(stage[1])
+    model = replace(tiny_model, module=network)
+    with pytest.raises(UsageError, match=f"--form flat: {count} of 3 MobileViT blocks have a part that was replaced"):
+        export(model, to="onnx", form="flat", out=tmp_path, verify=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_locate_in_a_form_that_is_not_known(copy: Callable[..., Path]) -> None:
+    place = copy("onnx")
+    data = manifest(place)
+    for form, message in (("round", "form round of onnx is not known to this version"), (None, "no valid manifest")):
+        (place / "manifest.json").write_text(json.dumps({**data, "form": form}))
+        with pytest.raises(ArtifactError, match=message):
+            verify(place, find_layer=True)
 
 
 def test_forms_of_fewer_bits_are_fixed() -> None:

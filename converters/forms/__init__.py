@@ -31,8 +31,9 @@ from mvit_export.converters.forms.flat import FlatBlock
 from mvit_export.converters.forms.lanes import cut_lanes
 from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.converters.forms.winograd import WinogradBlock
-from mvit_export.errors import ConversionError
+from mvit_export.errors import ArtifactError, ConversionError
 from mvit_export.models.load import name_outputs
+from mvit_export.models.mobilevit import MobileViTBlock
 
 TOLERANCE = 1e-5  # of the largest output, as parity has it in fp32; rounding alone gives 5e-7
 
@@ -59,21 +60,27 @@ FORMS: dict[Key, Form] = {
 }
 
 
+def count_blocks(network: nn.Module) -> tuple[int, int]:
+    """How many MobileViT blocks of a network can be written anew, and how many there are."""
+    blocks = [block for path, block in network.named_modules() if path and isinstance(block, MobileViTBlock)]
+    return sum(map(is_standard, blocks)), len(blocks)
+
+
 def take_form(network: nn.Module, key: Key, example: Tensor, *, batched: bool = True) -> nn.Module | None:
     """A copy of a network, its BatchNorms folded, whose MobileViT blocks have this form; None if it has no such block.
 
     Blocks in which somebody replaced a part keep the form they have. `batched` is False where the batch is always 1.
     Both networks run once on `example`. Raises ConversionError where they differ.
     """
+    blocks = [(path, block) for path, block in network.named_modules() if path and is_standard(block)]
+    if not blocks:
+        return None
     formed, chosen = copy.deepcopy(network), FORMS[key]
-    blocks = [(path, block) for path, block in formed.named_modules() if path and is_standard(block)]
     for path, block in blocks:
         opened = OpenBlock(block)
         for rewrite in chosen.passes:
             rewrite(opened)
         formed.set_submodule(path, chosen.layout(opened, batched))
-    if not blocks:
-        return None
     check_same(network, formed, example, form=key[1])
     return formed
 
@@ -81,22 +88,39 @@ def take_form(network: nn.Module, key: Key, example: Tensor, *, batched: bool = 
 @torch.no_grad()
 def check_same(network: nn.Module, formed: nn.Module, example: Tensor, *, form: str) -> None:
     """A network around the blocks may reach into them, which no look at the blocks alone can tell."""
+    outputs = name_outputs(formed(example))
     for name, expected in name_outputs(network(example)).items():
-        found, scale = name_outputs(formed(example))[name], float(expected.abs().max())
-        error = float((found - expected).abs().max()) / scale if found.shape == expected.shape else math.inf
-        if not error <= TOLERANCE:
+        error = difference(outputs[name], expected) if name in outputs else math.inf
+        if error > TOLERANCE:
             raise ConversionError(
                 f"form {form} changes the output {name!r} of this network by {error:.1e} of its scale, "
                 f"expected at most {TOLERANCE:g}; pass --form plain"
             )
 
 
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest error over the largest expected value; infinite where shapes, or what is NaN or Inf, differ."""
+    finite = expected.isfinite()
+    if found.shape != expected.shape or not torch.equal(finite, found.isfinite()):
+        return math.inf
+    if not finite.any():
+        return 0.0
+    scale, error = (float(values[finite].abs().max()) for values in (expected, found - expected))
+    return error / scale if scale else (math.inf if error else 0.0)
+
+
 def write_as(network: nn.Module, manifest: Manifest) -> nn.Module:
-    """A network as an artifact holds it: its BatchNorms folded, its blocks in the manifest's form."""
+    """A network as an artifact holds it: its BatchNorms folded, its blocks in the manifest's form.
+
+    Raises ArtifactError where this version does not know the form, or the network has no block to write in it.
+    """
+    key = (manifest.format, manifest.form)
+    if key not in FORMS:
+        raise ArtifactError(f"form {manifest.form} of {manifest.format} is not known to this version; export again")
     spec = manifest.inputs[0]
     b, c, h, w = (spec.shape[axis] or 1 for axis in ((0, 3, 1, 2) if spec.layout == "NHWC" else range(4)))
     example = torch.rand((b, c, h, w), generator=torch.Generator().manual_seed(0))
-    key, folded = (manifest.format, manifest.form), fold_batch_norms(network, example)
-    formed = take_form(folded, key, example, batched=spec.shape[0] != 1)
-    assert formed is not None, "the manifest names a form, so there was a block to write in it"
+    formed = take_form(fold_batch_norms(network, example), key, example, batched=spec.shape[0] != 1)
+    if formed is None:
+        raise ArtifactError(f"the manifest says form {manifest.form}, but the network has no block that has it")
     return formed

@@ -6,6 +6,7 @@ parts and computes with them. An open block has no forward of its own.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -39,7 +40,7 @@ class OpenAttention(nn.Module):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.head_dim = attention.head_dim
-        self.qkv, self.proj = SplitLinear(attention.qkv), attention.proj
+        self.qkv, self.proj = SplitLinear(attention.qkv), copy.deepcopy(attention.proj)
 
 
 class OpenEncoder(nn.Module):
@@ -48,20 +49,23 @@ class OpenEncoder(nn.Module):
         self.norm1: nn.Module = encoder.norm1
         self.attention = OpenAttention(encoder.attention)
         self.norm2: nn.Module = encoder.norm2
-        self.mlp = encoder.mlp
+        self.mlp = copy.deepcopy(encoder.mlp)
 
 
 class OpenBlock(nn.Module):
-    """`MobileViTBlock`, ready for passes."""
+    """`MobileViTBlock`, ready for passes.
+
+    What they write to is copied, layer by layer: a layer that stands twice must not be rewritten twice.
+    """
 
     def __init__(self, block: MobileViTBlock) -> None:
         super().__init__()
         self.patch = block.patch
-        self.local, self.to_tokens = block.local, block.to_tokens
+        self.local, self.to_tokens = copy.deepcopy(block.local), copy.deepcopy(block.to_tokens)
         encoders: list[Any] = list(block.encoders)
         self.encoders: Any = nn.ModuleList(OpenEncoder(encoder) for encoder in encoders)
         self.norm: nn.Module = block.norm
-        self.from_tokens, self.fuse = block.from_tokens, block.fuse
+        self.from_tokens, self.fuse = copy.deepcopy(block.from_tokens), copy.deepcopy(block.fuse)
 
 
 def is_standard(block: nn.Module) -> bool:
@@ -69,7 +73,7 @@ def is_standard(block: nn.Module) -> bool:
 
     A subclass, a hook, a replaced part or another geometry may compute anything: such blocks keep their form.
     """
-    if type(block) is not MobileViTBlock or any(getattr(part, name) for part in block.modules() for name in HOOKS):
+    if type(block) is not MobileViTBlock or any(map(is_patched, block.modules())):
         return False
     encoders: list[Any] = list(block.encoders)
     convs = (block.local, block.from_tokens, block.fuse)
@@ -79,6 +83,11 @@ def is_standard(block: nn.Module) -> bool:
         and is_norm(block.norm)
         and all(map(is_standard_encoder, encoders))
     )
+
+
+def is_patched(part: nn.Module) -> bool:
+    """Whether this very object computes something else than its class."""
+    return "forward" in vars(part) or any(getattr(part, name) for name in HOOKS)
 
 
 def is_standard_conv(layer: Any, side: int) -> bool:

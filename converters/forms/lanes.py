@@ -39,7 +39,8 @@ class CutConv(nn.Module):
 def part(conv: nn.Conv2d, start: int, end: int | None) -> nn.Conv2d:
     """A convolution of some of the output channels."""
     weight = conv.weight.detach()[start:end]
-    assert conv.bias is not None
-    made = nn.Conv2d(conv.in_channels, len(weight), conv.kernel_size, padding=conv.padding)  # type: ignore[arg-type]
-    made.weight, made.bias = nn.Parameter(weight), nn.Parameter(conv.bias.detach()[start:end])
+    made = nn.Conv2d(conv.in_channels, len(weight), 3, padding=1, bias=conv.bias is not None)
+    made.weight = nn.Parameter(weight)
+    if conv.bias is not None:
+        made.bias = nn.Parameter(conv.bias.detach()[start:end])
     return made
