@@ -3,7 +3,7 @@
 Twice, because a figure that the next run does not confirm is none: the ratios between artifacts of the two runs stand
 beside each other, and their largest difference last. Ends with one JSON line.
 
-    python -m mvit_export.benchmarks.latency_table [FOLDER] [--threads 1 2] [--budget SECONDS]
+    python -m mvit_export.benchmarks.latency_table [FOLDER] [--form plain] [--threads 1 2] [--budget SECONDS]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from mvit_export import export, load_model
 from mvit_export.benchmarks.bench import Options, run_bench
 from mvit_export.benchmarks.timing import Plan
+from mvit_export.formats import plan_targets
 from mvit_export.models.load import VARIANT_NAMES
 
 FORMATS = ("onnx", "tflite")
@@ -25,13 +26,14 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 AGREEMENT = 0.03  # between the ratios of two runs
 
 
-def prepare(folder: Path) -> list[Path]:
-    """The artifacts, exported where they are not yet there."""
-    places = [folder / f"mobilevit_{variant}" / f"{fmt}-fp32" for variant in VARIANT_NAMES for fmt in FORMATS]
+def prepare(folder: Path, form: str | None = None) -> list[Path]:
+    """The artifacts in one form, by default each format's own; exported where they are not yet there."""
+    targets = plan_targets(FORMATS, precision="fp32", form=form)
+    places = [folder / f"mobilevit_{variant}" / target.name for variant in VARIANT_NAMES for target in targets]
     for variant in VARIANT_NAMES:
         missing = [place.name.split("-")[0] for place in places if variant_of(place) == variant and not place.exists()]
         if missing:
-            export(load_model(variant), to=missing, precision="fp32", out=folder)
+            export(load_model(variant), to=missing, precision="fp32", form=form, out=folder)
     return places
 
 
@@ -64,11 +66,12 @@ def disagreement(first: dict[str, Any], second: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--form")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--budget", type=float, default=30.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        places = prepare(arguments.folder or Path(scratch))
+        places = prepare(arguments.folder or Path(scratch), arguments.form)
         options = Options(Plan(budget_s=arguments.budget))
         runs = [run_bench(places, threads=arguments.threads, options=options) for _ in range(2)]
     rows = list(zip(runs[0]["results"], runs[1]["results"], strict=True))
