@@ -72,16 +72,19 @@ def tiny_model() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_artifact("onnx", "fp32")` -> its artifact directory, unverified; made once, so do not change it."""
+    """`tiny_artifact("onnx", "fp32")` -> its artifact directory, unverified; made once, so do not change it.
+
+    Without a form it has the default one of its format and precision.
+    """
     from mvit_export import export
 
-    made: dict[tuple[str, ...], Path] = {}
+    made: dict[tuple[str | None, ...], Path] = {}
 
-    def make(fmt: str, precision: str = "fp32", input: str = "tensor") -> Path:
-        key = (fmt, precision, input)
+    def make(fmt: str, precision: str = "fp32", input: str = "tensor", form: str | None = None) -> Path:
+        key = (fmt, precision, input, form)
         if key not in made:
             out = tmp_path_factory.mktemp("artifacts")
-            (result,) = export(tiny_model, to=fmt, precision=precision, input=input, out=out, verify=False)
+            (result,) = export(tiny_model, to=fmt, precision=precision, input=input, form=form, out=out, verify=False)
             made[key] = result.artifact.path
         return made[key]
 

@@ -23,6 +23,7 @@ from conftest import ROOT
 from mvit_export.artifact import Artifact, read_artifact
 from mvit_export.benchmarks import profiling
 from mvit_export.benchmarks.profiling import ProfilerUnavailable, Row, make_rows, profile_onnx, profile_tflite
+from mvit_export.formats import FORMATS
 from mvit_export.inspection import inspect_artifact
 from mvit_export.runtimes import open_tflite
 
@@ -120,10 +121,16 @@ def test_without_xnnpack_the_types_are_the_files(artifact: Callable[[str], Artif
     assert found == inspect_artifact(artifact("tflite"))["operators"]
 
 
-def test_forced_fp16_shows_in_the_kernels(artifact: Callable[[str], Artifact]) -> None:
-    rows = profile_tflite(str(artifact("tflite").model_path), {"image": IMAGE}, runs=3, fp16=True)
+@pytest.mark.parametrize("form", FORMATS["tflite"].forms)
+def test_forced_fp16_leaves_nothing_in_fp32(tiny_artifact: Callable[..., Path], form: str) -> None:
+    """What follows an op without fp16 kernel XNNPACK leaves in fp32, and says nothing."""
+    path = read_artifact(tiny_artifact("tflite", form=form)).model_path
+    rows = profile_tflite(str(path), {"image": IMAGE}, runs=3, fp16=True)
     kinds = " ".join(row["type"] for row in rows)
     assert "F16" in kinds and "F32" not in kinds
+
+
+def test_only_xnnpack_has_fp16_kernels(artifact: Callable[[str], Artifact]) -> None:
     with pytest.raises(ValueError, match="only XNNPACK has fp16 kernels"):
         profile_tflite(str(artifact("tflite").model_path), {"image": IMAGE}, runs=3, fp16=True, xnnpack=False)
 

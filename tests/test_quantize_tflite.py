@@ -23,7 +23,7 @@ from mvit_export.converters.quantize_tflite import PER_ROW, check_done, check_re
 from mvit_export.converters.ranges import BINS, Histogram, divergence, entropy, learn_ranges, percentile
 from mvit_export.converters.tflite_kinds import kinds_of
 from mvit_export.errors import ConversionError, UsageError
-from mvit_export.formats import Target
+from mvit_export.formats import PLAIN, Target
 from mvit_export.inspection import inspect_path
 from mvit_export.named_recipes import RECIPES
 from mvit_export.parity import verify
@@ -51,12 +51,12 @@ def quantized(tiny_artifact, tiny_model, pictures, tmp_path_factory) -> Quantize
 
     def make(precision: str, recipe: Recipe | None = None, method: str = "minmax", input: str = "tensor") -> Path:
         place = tmp_path_factory.mktemp("quantized")
-        path = Path(shutil.copy(read_artifact(tiny_artifact("tflite", "fp32", input)).model_path, place))
+        path = Path(shutil.copy(read_artifact(tiny_artifact("tflite", "fp32", input, form=PLAIN)).model_path, place))
         calibration = open_calibration(
             pictures, method=method, preprocessing=tiny_model.preprocessing, size=(64, 64), trained=True
         )
         target = Target("tflite", precision, input)
-        quantize_tflite.quantize(path, Conversion(tiny_model, folded, target, {}, recipe, calibration))
+        quantize_tflite.quantize(path, Conversion(tiny_model, folded, target, recipe=recipe, calibration=calibration))
         return path
 
     return make
@@ -77,7 +77,7 @@ def graph_of(quantized: Quantize) -> Callable[..., Graph]:
 @pytest.fixture(scope="module")
 def kinds(tiny_artifact, tiny_model) -> dict[str, tuple[str, str]]:
     """Kind and module of every op of the fp32 file by its name in a quantized one."""
-    graph = read_graph(read_artifact(tiny_artifact("tflite")).model_path)
+    graph = read_graph(read_artifact(tiny_artifact("tflite", form=PLAIN)).model_path)
     found = kinds_of(graph, tiny_model.module, torch.zeros(tiny_model.input_shapes[0]))
     return {short(graph.name(graph.ops[index])): value for index, value in found.items()}
 
@@ -186,7 +186,7 @@ def test_moves_follow_the_static_ops_beside_them(graph_of):
 
 
 def test_what_a_concatenation_joins_has_one_range(tiny_artifact):
-    graph = read_graph(read_artifact(tiny_artifact("tflite")).model_path)
+    graph = read_graph(read_artifact(tiny_artifact("tflite", form=PLAIN)).model_path)
     concatenation = next(op for op in graph.ops if op.type == "CONCATENATION")
     (first, second), (output,) = concatenation.inputs, concatenation.outputs
     ranges = {first: (-1.0, 2.0), second: (0.0, 5.0), output: (-1.0, 4.0), graph.inputs[0]: (0.0, 9.0)}
@@ -290,7 +290,7 @@ def test_pictures_stay_pictures(quantized, tiny_artifact, tiny_model):
         op for op in graph.ops if "Normalise" in graph.name(op) and op.type not in ("QUANTIZE", "DEQUANTIZE")
     ]
     assert preprocessing and not [op for op in preprocessing if graph.use(op) == "static"]
-    plain = read_artifact(tiny_artifact("tflite", "fp32", "image")).model_path
+    plain = read_artifact(tiny_artifact("tflite", "fp32", "image", form=PLAIN)).model_path
     assert count_partitions(path) == count_partitions(plain)
 
 
