@@ -21,7 +21,7 @@ from mvit_export.converters import export as exporting
 from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.converters.forms import FORMS, algebra, difference, take_form
 from mvit_export.converters.forms.blocks import OpenBlock, is_standard
-from mvit_export.converters.forms.lanes import CutConv, cut_lanes
+from mvit_export.converters.forms.lanes import CutConv, CutLinear, cut_convs, cut_linears
 from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.converters.forms.winograd import WinogradConv
 from mvit_export.errors import ArtifactError, ConversionError, UsageError
@@ -94,7 +94,7 @@ def open_block(block: MobileViTBlock, *passes: Callable[[OpenBlock], None]) -> O
 
 @pytest.fixture
 def block() -> Any:
-    block = randomize(MobileViTBlock(48, 24, depth=2, patch=2, dropout=0.1))
+    block = randomize(MobileViTBlock(48, 40, depth=2, patch=2, dropout=0.1))
     return folded(nn.Sequential(block), noise(1, 48, 8, 8))[0]  # type: ignore[index]
 
 
@@ -103,7 +103,8 @@ PASSES = {
     "fold_norm_affine": (algebra.fold_norm_affine,),
     "move_value_bias": (algebra.move_value_bias,),
     "centre_stream": (algebra.fold_norm_affine, algebra.centre_stream),
-    "cut_lanes": (cut_lanes,),
+    "cut_convs": (cut_convs,),
+    "cut_linears": (cut_linears,),
 }
 
 
@@ -116,13 +117,18 @@ def test_each_pass_changes_nothing(passes: tuple[Callable[[OpenBlock], None], ..
 
 @torch.no_grad()
 def test_what_each_pass_is_for(block: Any) -> None:
-    opened = open_block(block, algebra.fold_norm_affine, algebra.move_value_bias, algebra.centre_stream, cut_lanes)
-    tokens = noise(5, 24) @ opened.to_tokens.weight[:, :24].flatten(1).T
+    opened = open_block(
+        block, algebra.fold_norm_affine, algebra.move_value_bias, algebra.centre_stream, cut_linears, cut_convs
+    )
+    tokens = noise(5, 48) @ opened.to_tokens.weight.flatten(1).T
     assert float(tokens.mean(dim=1).abs().max()) < 1e-6, "the stream is centred"
     assert len(opened.encoders[0].attention.qkv.biases) == 1, "k and v have no bias"
     assert isinstance(opened.norm, algebra.CentredNorm)
     assert isinstance(opened.local, CutConv)
     assert [conv.out_channels for conv in opened.local.conv] == [32, 16]
+    for linear in (opened.encoders[0].attention.proj, opened.encoders[1].mlp.reduce):
+        assert isinstance(linear, CutLinear)
+        assert [len(weight) for weight in linear.weights] == [32, 8]
 
 
 @pytest.mark.parametrize("size", [(2, 2), (4, 10), (16, 8)])

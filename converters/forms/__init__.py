@@ -28,7 +28,7 @@ from mvit_export.converters.forms.blocks import OpenBlock, is_standard
 from mvit_export.converters.forms.channels import ChannelsBlock
 from mvit_export.converters.forms.channels_last import ChannelsLastBlock
 from mvit_export.converters.forms.flat import FlatBlock
-from mvit_export.converters.forms.lanes import cut_lanes
+from mvit_export.converters.forms.lanes import cut_convs, cut_linears
 from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.converters.forms.winograd import WinogradBlock
 from mvit_export.errors import ArtifactError, ConversionError
@@ -54,8 +54,8 @@ FORMS: dict[Key, Form] = {
         (*WITHOUT_AFFINE, partial(carry_biases, scale=0.5)), lambda block, _: ChannelsBlock(block)
     ),
     ("onnx", "flat"): Form((scale_queries,), lambda block, batched: FlatBlock(block, batched=batched)),
-    ("tflite", "patches"): Form((*CENTRED, cut_lanes), lambda block, _: PatchesBlock(block)),
-    ("tflite", "winograd"): Form(CENTRED, lambda block, _: WinogradBlock(block)),
+    ("tflite", "patches"): Form((*CENTRED, cut_linears, cut_convs), lambda block, _: PatchesBlock(block)),
+    ("tflite", "winograd"): Form((*CENTRED, cut_linears), lambda block, _: WinogradBlock(block)),
     ("tflite", "channels"): Form((*CENTRED, carry_biases), lambda block, _: ChannelsLastBlock(block)),
 }
 
