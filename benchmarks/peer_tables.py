@@ -9,11 +9,18 @@ Row = Mapping[str, Any]
 LATENCY = (
     "variant", "runtime", "threads", "file", "median ms [95 %]", "of the best peer's [95 %]", "ours of its [95 %]"
 )  # fmt: skip
+SUMMARY = ("variant", "runtime", "threads", "file", "median ms", "of the best peer's [95 %]", "the best peer", "its ms")
 FILES = (
     "variant", "format", "file", "parity", "PSNR", "size", "operators", "export", "memory", "with verification",
     "memory",
 )  # fmt: skip
 NONE = "-"
+
+
+def summary_table(timings: Sequence[Row]) -> str:
+    """Ours alone, each beside the fastest peer of the same variant, runtime and number of threads."""
+    best = {setting(row): row for row in timings if row["best_peer"]}
+    return table(SUMMARY, [summary_cells(row, best.get(setting(row))) for row in timings if row["ours"]])
 
 
 def latency_table(timings: Sequence[Row]) -> str:
@@ -27,6 +34,17 @@ def file_table(files: Sequence[Row]) -> str:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def setting(row: Row) -> tuple[Any, ...]:
+    return row["variant"], row["format"], row["threads"]
+
+
+def summary_cells(row: Row, best: Row | None) -> list[str]:
+    where, ours = latency_cells(row)[:4], figure(row["median_ms"], "{:.2f}")
+    if row["median_ms"] is None or best is None:
+        return [*where, verdict(row) if row["median_ms"] is None else ours, NONE, NONE, NONE]
+    return [*where, ours, ratio(row["to_best"]), best["name"], figure(best["median_ms"], "{:.2f}")]
 
 
 def latency_cells(row: Row) -> list[str]:

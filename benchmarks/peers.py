@@ -30,7 +30,7 @@ from mvit_export import parity
 from mvit_export.artifact import write_json
 from mvit_export.benchmarks.bench import MEASURED, Options, run_bench
 from mvit_export.benchmarks.peer_files import DEFAULT, File, Making, kept_files, make_files, prepare
-from mvit_export.benchmarks.peer_tables import file_table, latency_table
+from mvit_export.benchmarks.peer_tables import file_table, latency_table, summary_table
 from mvit_export.benchmarks.timing import Plan, Ratio, ratio
 from mvit_export.formats import FORMATS, split_list
 from mvit_export.models.load import VARIANT_NAMES
@@ -168,7 +168,8 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(given)
     with tempfile.TemporaryDirectory() as scratch:
         document = run(arguments, arguments.folder or Path(scratch))
-    print(latency_table(document["timings"]), file_table(document["files"]), sep="\n\n")
+    timings, files = document["timings"], document["files"]
+    print(summary_table(timings), latency_table(timings), file_table(files), sep="\n\n")
     if arguments.json:
         write_json(arguments.json, document)
     else:

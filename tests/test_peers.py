@@ -24,7 +24,7 @@ from mvit_export.benchmarks.cost import TIMED_OUT, Cost, cost_of
 from mvit_export.benchmarks.peer_exports import MISSING, PEERS, Export, error_line, export_onnx
 from mvit_export.benchmarks.peer_files import File, Making, Source, export_peer, failed, forms_of, judge, prepare, wrap
 from mvit_export.benchmarks.peer_models import build_network, check_same_logits, state_of
-from mvit_export.benchmarks.peer_tables import file_table, latency_table
+from mvit_export.benchmarks.peer_tables import file_table, latency_table, summary_table
 from mvit_export.benchmarks.timing import Plan
 from mvit_export.errors import ArtifactError, UsageError, WeightsError
 from mvit_export.models.mobilevit import VARIANTS, create_mobilevit
@@ -273,6 +273,19 @@ def test_latency_table() -> None:
         "| xxs | onnxruntime 1.0 | 1 | mvit-export | 8.00 [8.00, 8.00] | 0.800 [0.800, 0.800] | - |",
         "| xxs | onnx | 1 | peer 1 | FAIL: wrong / weights | - | - |",
         "| xxs | onnxruntime 1.0 | 1 | peer 2 | 10.00 [10.00, 10.00] | 1 | 0.800 [0.800, 0.800] |",
+    ]
+
+
+def test_summary_has_ours_beside_the_fastest_peer() -> None:
+    twice, wrong = ([row | {"threads": 2} for row in rows_of(ms, 9.0)] for ms in (8.0, None))
+    lines = summary_table([*rows_of(8.0, 16.0, 10.0), *twice, *wrong]).splitlines()
+    assert lines[2:] == [
+        "| xxs | onnxruntime 1.0 | 1 | mvit-export | 8.00 | 0.800 [0.800, 0.800] | peer 2 | 10.00 |",
+        "| xxs | onnxruntime 1.0 | 2 | mvit-export | 8.00 | 0.889 [0.889, 0.889] | peer 1 | 9.00 |",
+        "| xxs | onnx | 2 | mvit-export | FAIL: wrong / weights | - | - | - |",
+    ]
+    assert summary_table(rows_of(8.0, None)).splitlines()[2:] == [
+        "| xxs | onnxruntime 1.0 | 1 | mvit-export | 8.00 | - | - | - |"
     ]
 
 
