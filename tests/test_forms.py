@@ -131,14 +131,14 @@ def test_what_each_pass_is_for(block: Any) -> None:
         assert [len(weight) for weight in linear.weights] == [32, 8]
 
 
-@pytest.mark.parametrize("size", [(2, 2), (4, 10), (16, 8)])
+@pytest.mark.parametrize(("size", "width"), [((2, 2), 5), ((4, 10), 48), ((16, 8), 5)])
 @torch.no_grad()
-def test_winograd_is_the_convolution(size: tuple[int, int]) -> None:
-    layer = randomize(ConvNormAct(6, 5, 3))
+def test_winograd_is_the_convolution(size: tuple[int, int], width: int) -> None:
+    layer = randomize(ConvNormAct(6, width, 3))
     layer = folded(nn.Sequential(layer), noise(1, 6, *size))[0]  # type: ignore[index]
     x = noise(2, 6, *size)
-    found = WinogradConv(layer)(x).reshape(2, 2, 2, size[0] // 2, size[1] // 2, 5)
-    pixels = found.permute(2, 5, 3, 0, 4, 1).reshape(2, 5, *size)  # (ph, pw, B, nh, nw, C) -> (B, C, H, W)
+    found = WinogradConv(layer)(x).reshape(2, 2, 2, size[0] // 2, size[1] // 2, width)
+    pixels = found.permute(2, 5, 3, 0, 4, 1).reshape(2, width, *size)  # (ph, pw, B, nh, nw, C) -> (B, C, H, W)
     close(pixels, layer(x))
 
 

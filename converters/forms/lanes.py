@@ -38,8 +38,13 @@ def cut_conv(layer: ConvNormAct) -> nn.Module:
 
 
 def cut_linear(layer: Any) -> nn.Module:
-    rest = layer.out_features % WIDE
-    return CutLinear(layer, layer.out_features - rest) if 0 < rest < layer.out_features else layer
+    return CutLinear(layer) if len(cut_width(layer.out_features)) > 1 else layer
+
+
+def cut_width(width: int) -> list[int]:
+    """Of the parts of a linear layer with so many outputs: 80 -> 64, 16; 64 and 24 as they are."""
+    rest = width % WIDE
+    return [width - rest, rest] if 0 < rest < width else [width]
 
 
 class CutConv(nn.Module):
@@ -56,11 +61,11 @@ class CutConv(nn.Module):
 class CutLinear(nn.Module):
     """A linear layer with a bias in two: (..., d_in) -> (..., d_out)."""
 
-    def __init__(self, layer: nn.Linear, count: int) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        weight, bias = layer.weight.detach(), layer.bias.detach()
-        self.weights = nn.ParameterList((weight[:count].clone(), weight[count:].clone()))
-        self.biases = nn.ParameterList((bias[:count].clone(), bias[count:].clone()))
+        widths = cut_width(layer.out_features)
+        self.weights = nn.ParameterList(part.clone() for part in layer.weight.detach().split(widths))
+        self.biases = nn.ParameterList(part.clone() for part in layer.bias.detach().split(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([F.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)], dim=-1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mvit_export.converters.forms.blocks import OpenBlock
 from mvit_export.converters.forms.channels_last import channels_first, channels_last
+from mvit_export.converters.forms.lanes import cut_width
 from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.models.mobilevit import ConvNormAct
 
@@ -57,10 +58,11 @@ class WinogradConv(nn.Module):
     def __init__(self, layer: ConvNormAct) -> None:
         super().__init__()
         g = torch.tensor(G, dtype=torch.float64)
-        weight = layer.conv.weight.detach()
-        kernel = torch.einsum("ia,ocab,jb->ijoc", g, weight.double(), g)  # (4, 4, C_out, C_in)
-        self.weights = nn.ParameterList(matrix.to(weight.dtype) for row in kernel for matrix in row)
-        self.bias, self.act = layer.conv.bias, layer.act
+        weight, bias, self.act = layer.conv.weight.detach(), layer.conv.bias, layer.act
+        kernel = torch.einsum("ia,ocab,jb->ijoc", g, weight.double(), g).to(weight.dtype)  # (4, 4, C_out, C_in)
+        widths = cut_width(len(weight))
+        biases = [None] * len(widths) if bias is None else bias.detach().split(widths)
+        self.parts = nn.ModuleList(map(WinogradProducts, kernel.split(widths, dim=2), biases))
         taps = torch.tensor(B_T, dtype=weight.dtype)[:, None, None].expand(-1, weight.shape[1], -1, -1)
         self.register_buffer("rows", taps[..., None].contiguous())  # (4, C_in, 1, 4, 1)
         self.register_buffer("columns", taps[..., None, :].contiguous())  # (4, C_in, 1, 1, 4)
@@ -68,12 +70,7 @@ class WinogradConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count = x.shape[2] * x.shape[3] // 4  # N
         tiles = [channels_last(tile).flatten(0, 2) for tile in self.transform(x)]  # 16 of (B*N, C_in)
-        pairs = zip(tiles, self.weights, strict=True)
-        # The product at (1, 1) is part of all four outputs, with a plus: the bias is added there.
-        products = [F.linear(t, m, self.bias if i == 5 else None) for i, (t, m) in enumerate(pairs)]
-        columns = [gather(products[4 * i : 4 * i + 4]) for i in range(4)]  # of each row of products
-        (top_left, bottom_left), (top_right, bottom_right) = (gather([c[j] for c in columns]) for j in range(2))
-        y = torch.stack((top_left, top_right, bottom_left, bottom_right))  # (P, B*N, C_out)
+        y = torch.cat([part(tiles) for part in self.parts], dim=-1)  # (P, B*N, C_out)
         return self.act(y.reshape(-1, count, y.shape[-1]))  # (P*B, N, C_out)
 
     def transform(self, x: Tensor) -> list[Tensor]:
@@ -81,6 +78,23 @@ class WinogradConv(nn.Module):
         c = x.shape[1]
         rows = [F.conv2d(x, taps, stride=(2, 1), padding=(1, 0), groups=c) for taps in self.rows]  # (B, C_in, nh, W)
         return [F.conv2d(y, taps, stride=(1, 2), padding=(0, 1), groups=c) for y in rows for taps in self.columns]
+
+
+class WinogradProducts(nn.Module):
+    """Some of a convolution's output channels: 16 of (B*N, C_in) -> (P, B*N, C)."""
+
+    def __init__(self, kernel: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(matrix.clone() for row in kernel for matrix in row)
+        self.bias = None if bias is None else nn.Parameter(bias.clone())
+
+    def forward(self, tiles: Sequence[Tensor]) -> Tensor:
+        pairs = zip(tiles, self.weights, strict=True)
+        # The product at (1, 1) is part of all four outputs, with a plus: the bias is added there.
+        products = [F.linear(t, m, self.bias if i == 5 else None) for i, (t, m) in enumerate(pairs)]
+        columns = [gather(products[4 * i : 4 * i + 4]) for i in range(4)]  # of each row of products
+        (top_left, bottom_left), (top_right, bottom_right) = (gather([c[j] for c in columns]) for j in range(2))
+        return torch.stack((top_left, top_right, bottom_left, bottom_right))
 
 
 def gather(m: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
