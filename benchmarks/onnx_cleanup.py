@@ -2,8 +2,8 @@
 
 Every file of an artifact is opened by ONNX Runtime as a user opens it, with all of its optimizations, which work on
 what the clean-up left. Outputs must equal those of the artifact's own file before anything is timed; opening and
-inference are then sampled in turn. The table decides what the exporter does, which is nothing of these: they gain
-nothing, and the last two tie a file to the hardware and the version that made it. Ends with one JSON line.
+inference are then sampled in turn. The exporter does none of these: inference gains 1 or 2 %, and the last two, which
+open faster, tie a file to the hardware and the version that made it. Ends with one JSON line.
 
     python -m mvit_export.benchmarks.onnx_cleanup ARTIFACT [--threads 1] [--budget SECONDS]
 """
