@@ -25,6 +25,7 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
+    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for variant in VARIANT_NAMES:
         model = randomize(create_mobilevit(variant))
