@@ -7,7 +7,7 @@ Networks, arXiv 1509.09308, section 4.1):
 
 for every 4x4 tile d of the padded input, 2 apart, and the 3x3 kernel g. The 16 products are linear layers over all
 tiles. B^T d B is depthwise convolutions of stride 2, four over the rows and four of each over the columns: they bring
-the padding with them, where slices and sums of a padded map are 40 % more ops and copies.
+the padding with them, where slices and sums of a padded map are a quarter more ops, and more copies.
 The four outputs of a tile are the pixels of a 2x2 patch, so they are tokens already: unfold is one concatenation.
 """
 
