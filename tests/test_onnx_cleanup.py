@@ -35,8 +35,8 @@ def test_what_computes_something_else_is_not_timed(
         import onnx
 
         model = onnx.load(str(source))
-        last = model.graph.initializer[-1]
-        last.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(last) + 1, last.name))
+        weight = next(w for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) == 4)
+        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 1, weight.name))
         onnx.save(model, path)
 
     monkeypatch.setattr(onnx_cleanup, "CLEANED", {"spoilt": ("spoilt.onnx", spoil)})
