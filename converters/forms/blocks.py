@@ -122,3 +122,13 @@ def is_standard_encoder(encoder: Any) -> bool:
     return all(type(linear) is nn.Linear and linear.bias is not None for linear in linears) and all(
         map(is_norm, (encoder.norm1, encoder.norm2))
     )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W)."""
+    return x.permute(0, 3, 1, 2)

@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvit_export.converters.forms.algebra import CarryingNorm
-from mvit_export.converters.forms.blocks import OpenAttention, OpenBlock, OpenEncoder, SplitLinear
+from mvit_export.converters.forms.blocks import (
+    OpenAttention,
+    OpenBlock,
+    OpenEncoder,
+    SplitLinear,
+    channels_first,
+    channels_last,
+)
 from mvit_export.converters.forms.channels import ChannelsMLP, JoinHeads, below_each_other
 from mvit_export.models.mobilevit import HEADS, resize
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
-def channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
 
 
 class ChannelsLastBlock(nn.Module):

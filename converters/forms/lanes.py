@@ -2,8 +2,8 @@
 
 On AVX-512 its kernels make 32 output channels at a time. A convolution of 48 channels costs as much as one of 64, but
 32 and 16 by themselves what they are. A linear layer whose outputs are no multiple of 32 takes a kernel that makes 16
-at a time, with which all of them, not the rest alone, take up to 1.45 times as long (2.8 GHz Xeon, LiteRT 2.3: 256 rows
-of 80 to 96 outputs 54 us, to 80 outputs 66 us, to 64 and 16 in two layers 49 us).
+at a time, with which all of them, not the rest alone, take longer, by half on a 2.8 GHz Xeon (layers timed alone in
+LiteRT 2.3): 80 outputs more than 96, and in two layers of 64 and 16 the least.
 NEON's kernels make 8, and nothing is lost there either way but the copy that joins the parts.
 """
 

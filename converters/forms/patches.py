@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvit_export.converters.forms.blocks import OpenAttention, OpenBlock, OpenEncoder
+from mvit_export.converters.forms.blocks import OpenAttention, OpenBlock, OpenEncoder, channels_first, channels_last
 from mvit_export.models.mobilevit import HEADS, ConvNormAct, resize
 
 
@@ -26,14 +26,14 @@ class PatchesBlock(nn.Module):
         self.encoders = nn.ModuleList(PatchesEncoder(encoder) for encoder in block.encoders)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.to_tokens(self.local(x).permute(0, 2, 3, 1))  # (B, H, W, d)
+        y = self.to_tokens(channels_last(self.local(x)))  # (B, H, W, d)
         (h, w), p = y.shape[1:3], self.patch
         nh, nw = math.ceil(h / p), math.ceil(w / p)
         tokens = self.unfold(resize_last(y, (nh * p, nw * p)), nh, nw)  # (P*B, N, d)
         for encoder in self.encoders:
             tokens = encoder(tokens)
         y = self.fold(self.norm(tokens), nh, nw)  # (B, H', W', d)
-        y = self.from_tokens(resize_last(y, (h, w))).permute(0, 3, 1, 2)  # (B, C, H, W)
+        y = channels_first(self.from_tokens(resize_last(y, (h, w))))  # (B, C, H, W)
         return self.fuse(torch.cat((x, y), dim=1))
 
     def unfold(self, y: Tensor, nh: int, nw: int) -> Tensor:
@@ -51,7 +51,7 @@ def resize_last(x: Tensor, size: tuple[int, int]) -> Tensor:
     """`resize` of (B, H, W, C)."""
     if tuple(x.shape[1:3]) == size:
         return x
-    return resize(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    return channels_last(resize(channels_first(x), size))
 
 
 class Pointwise(nn.Module):

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvit_export.converters.forms.blocks import OpenBlock
-from mvit_export.converters.forms.channels_last import channels_first, channels_last
+from mvit_export.converters.forms.blocks import OpenBlock, channels_first, channels_last
 from mvit_export.converters.forms.lanes import cut_width
 from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.models.mobilevit import ConvNormAct
