@@ -261,7 +261,7 @@ def try_form(form: str, model: LoadedModel, target: Target, scratch: Path, prove
     try:
         (made,) = export(
             model, to=target.format, precision=target.precision, input=target.input, opset=target.opset,
-            dynamic_batch=target.dynamic_batch, deployment_target=target.deployment_target, form=form,
+            dynamic_batch=target.dynamic_batch, ort=target.ort, deployment_target=target.deployment_target, form=form,
             out=scratch / "others", verify=False,
         )  # fmt: skip
     except UsageError as error:

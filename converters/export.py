@@ -93,6 +93,7 @@ def export(
     input: str = "tensor",
     opset: int | None = None,
     dynamic_batch: bool = False,
+    ort: bool = False,
     deployment_target: str | None = None,
     recipe: str | Path | None = None,
     form: str | None = None,
@@ -114,7 +115,7 @@ def export(
     `if __name__ == "__main__":`; None is as many as cores and memory allow. A model from a Python file has one.
     """
     targets = plan_targets(
-        to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch,
+        to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch, ort=ort,
         deployment_target=deployment_target, recipe=None if recipe is None else recipe_name(recipe),
         form=form,
     )  # fmt: skip
@@ -261,13 +262,13 @@ def write_artifact(conversion: Conversion, place: Path, *, overwrite: bool) -> W
     for.
     """
     model, target = conversion.model, conversion.target
-    tools = {name: importlib.metadata.version(name) for name in FORMATS[target.format].packages}
+    tools = {name: importlib.metadata.version(name) for name in target.packages}
     manifest = replace(
         draft_manifest(model, target, tools), quantization=describe_quantization(conversion), form=conversion.form
     )
     given = replace(conversion, model=replace(model, module=conversion.module), metadata=file_metadata(manifest))
     with staged_directory(place, overwrite=overwrite) as staging:
-        capture = yield Convert(given, staging / (model.info.name + FORMATS[target.format].suffix))
+        capture = yield Convert(given, staging / (model.info.name + target.suffix))
         save_golden(staging / GOLDEN, golden_vectors(conversion, manifest))
         manifest = replace(manifest, capture=capture, files=hash_files(staging))
         write_json(staging / MANIFEST, manifest.to_json())

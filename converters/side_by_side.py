@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mvit_export import errors
 from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
-from mvit_export.formats import FORMATS, Target
+from mvit_export.formats import Target
 from mvit_export.machine import available_memory, usable_cores
 from mvit_export.processes import die_with_parent
 
@@ -77,7 +77,7 @@ def order_of(targets: Sequence[Target]) -> list[int]:
 
 
 def packages_of(target: Target) -> tuple[str, ...]:
-    return tuple(FORMATS[target.format].packages.values())
+    return tuple(target.packages.values())
 
 
 @contextmanager

@@ -151,7 +151,7 @@ class Artifact:
 
     @property
     def model_path(self) -> Path:
-        return self.path / (self.manifest.model.name + FORMATS[self.manifest.format].suffix)
+        return self.path / (self.manifest.model.name + self.manifest.target.suffix)
 
     @property
     def model_bytes(self) -> int:

@@ -106,6 +106,9 @@ def export(
     labels: Annotated[Path | None, typer.Option(help="Class labels, one a line.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23 (18).")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="ONNX: take any batch size.")] = False,
+    ort: Annotated[
+        bool, typer.Option("--ort", help="ONNX: an optimized .ort file, for this version of ONNX Runtime or newer.")
+    ] = False,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS15 to iOS26 (iOS16).")] = None,
     calibration: Annotated[
         Path | None,
@@ -133,7 +136,7 @@ def export(
 
     conversion = {
         "to": to, "precision": precision, "input": input, "opset": opset, "dynamic_batch": dynamic_batch,
-        "deployment_target": deployment_target, "form": form,
+        "ort": ort, "deployment_target": deployment_target, "form": form,
     }  # fmt: skip
     with session(as_json, quiet, verbose) as terminal:
         from mvit_export.converters.recipes import recipe_name

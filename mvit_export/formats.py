@@ -35,7 +35,7 @@ FORMATS = {
     ),
     "onnx": Format(
         "onnx", "ONNX", ".onnx", ("fp32", "fp16", "int8-weight", "int8-dynamic", "int8", "int4-weight"),
-        {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("opset", "dynamic_batch"),
+        {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("opset", "dynamic_batch", "ort"),
         forms=("flat", "plain"),
     ),
     "tflite": Format(
@@ -63,6 +63,7 @@ DEFAULT_RECIPE = "accurate"
 PLAIN = "plain"  # the form of the network as it was written
 FEW_BIT_FORMS = {"onnx": "flat"}  # recipes speak of the plain network's layers elsewhere
 INPUT_KINDS = ("tensor", "image")
+ORT_SUFFIX = ".ort"  # ONNX Runtime's own files, which it writes after optimizing a graph
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,27 @@ class Target:
     input: str = "tensor"
     opset: int | None = None  # ONNX only
     dynamic_batch: bool = False  # ONNX only
+    ort: bool = False  # ONNX only: as ONNX Runtime's own file
     deployment_target: str | None = None  # Core ML only
     recipe: str | None = None  # its name, where the precision takes one
     form: str | None = None  # the one that was asked for, if any; the manifest says which it became
 
     @property
     def name(self) -> str:
-        """The artifact's directory name, e.g. `coreml-fp16`, `tflite-int8`, `tflite-int8-fast`, `tflite-fp32-plain`."""
+        """The artifact's directory name, e.g. `coreml-fp16`, `tflite-int8-fast`, `onnx-fp32-plain-ort`."""
         recipe = f"-{self.recipe}" if self.recipe not in (None, DEFAULT_RECIPE) else ""
         form = f"-{self.form}" if self.form not in (None, self.default_form) else ""
-        return f"{self.format}-{self.precision}{recipe}{form}"
+        return f"{self.format}-{self.precision}{recipe}{form}{'-ort' if self.ort else ''}"
+
+    @property
+    def suffix(self) -> str:
+        """Of the model's file name."""
+        return ORT_SUFFIX if self.ort else FORMATS[self.format].suffix
+
+    @property
+    def packages(self) -> Mapping[str, str]:
+        """distribution: module of what writing takes."""
+        return {**FORMATS[self.format].packages, **({"onnxruntime": "onnxruntime"} if self.ort else {})}
 
     @property
     def default_form(self) -> str:
@@ -117,6 +129,7 @@ def plan_targets(
     input: str = "tensor",
     opset: int | None = None,
     dynamic_batch: bool = False,
+    ort: bool = False,
     deployment_target: str | None = None,
     recipe: str | None = None,
     form: str | None = None,
@@ -131,7 +144,7 @@ def plan_targets(
     formats = [FORMATS[choose(name, [*FORMATS, "all"], what="format")] for name in names]
     if not formats:
         raise UsageError(f"--to names no format, expected one or more of {', '.join(FORMATS)}, or all")
-    given = {"opset": opset, "dynamic_batch": dynamic_batch, "deployment_target": deployment_target}
+    given = {"opset": opset, "dynamic_batch": dynamic_batch, "ort": ort, "deployment_target": deployment_target}
     check_format_options(formats, given)
     if opset is not None and opset not in OPSETS:
         raise UsageError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]}")
@@ -152,6 +165,7 @@ def plan_targets(
                     input,
                     opset=choose_opset(opset, p) if fmt.name == "onnx" else None,
                     dynamic_batch=dynamic_batch and fmt.name == "onnx",
+                    ort=ort and fmt.name == "onnx",
                     deployment_target=choose_deployment(deployment_target, p, chosen) if fmt.name == "coreml" else None,
                     recipe=(recipe or DEFAULT_RECIPE) if p in WITH_RECIPE else None,
                     form=chosen,
@@ -191,12 +205,12 @@ def before(target: str, other: str) -> bool:
 
 def check_installed(targets: Iterable[Target]) -> None:
     """Refuse targets whose packages are absent, naming the command that brings them. Imports nothing."""
-    for fmt in (FORMATS[target.format] for target in targets):
-        for distribution, module in fmt.packages.items():
+    for target in targets:
+        for distribution, module in target.packages.items():
             if importlib.util.find_spec(module) is None:
                 raise MissingDependencyError(
-                    f"{distribution} is not installed, needed to write {fmt.title} files: "
-                    f"pip install 'mvit-export[{fmt.name}]'"
+                    f"{distribution} is not installed, needed to write {FORMATS[target.format].title} files: "
+                    f"pip install 'mvit-export[{target.format}]'"
                 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mvit_export.artifact import MANIFEST, Artifact, TensorSpec, find_artifacts, read_artifact
 from mvit_export.errors import first_line, require
+from mvit_export.formats import ORT_SUFFIX
 
 PACKAGE_SUFFIX = ".mlpackage"
 
@@ -60,7 +61,20 @@ def _contents(details: dict[str, Any], operators: Counter[str]) -> dict[str, Any
     return {"details": details, "operator_count": count, "operators": by_type}
 
 
+def read_ort(path: Path) -> dict[str, Any]:
+    """ONNX Runtime's own file, by the reader that comes with it."""
+    require("onnxruntime", extra="onnx", purpose="to inspect .ort files")
+    from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs.InferenceSession import InferenceSession
+
+    session = InferenceSession.GetRootAs(path.read_bytes(), 0)
+    graph = session.Model().Graph()
+    operators = Counter(graph.Nodes(index).OpType().decode() for index in range(graph.NodesLength()))
+    return _contents({"ort_format_version": session.OrtVersion().decode()}, operators)
+
+
 def read_onnx(path: Path) -> dict[str, Any]:
+    if path.suffix == ORT_SUFFIX:
+        return read_ort(path)
     onnx = require("onnx", extra="onnx", purpose="to inspect ONNX files")
     model = onnx.load(str(path), load_external_data=False)
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}

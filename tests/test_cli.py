@@ -202,6 +202,7 @@ MISTAKES = [
     ("--to onnx --variant s --precision fp64", "ONNX precision 'fp64' is not known, expected one of fp32, fp16, int8-weight, int8-dynamic, int8, int4-weight; did you mean fp16?"),
     ("--to tflite --variant s --opset 18", "--opset does not apply to tflite; only onnx takes it"),
     ("--to coreml,tflite --variant s --dynamic-batch", "--dynamic-batch does not apply to coreml, tflite; only onnx takes it"),
+    ("--to tflite --variant s --ort", "--ort does not apply to tflite; only onnx takes it"),
     ("--to onnx --variant s --deployment-target iOS17", "--deployment-target does not apply to onnx; only coreml takes it"),
     ("--to coreml --variant s --deployment-target iOS9", "deployment target 'iOS9' is not known, expected one of iOS15, iOS16, iOS17, iOS18, iOS26; did you mean iOS26?"),
     ("--to onnx --variant s --opset 12", "--opset is 12, expected 18 to 23"),

@@ -153,6 +153,13 @@ def test_every_form_passes_on_arm_kernels(
     assert "emulated aarch64" in (result.runtime or "")
 
 
+def test_ort_file_passes_on_arm_kernels(check: Callable[[Path], ParityResult], tiny_model: Any, tmp_path: Path) -> None:
+    """Its graph was optimized here, for whatever processor."""
+    (made,) = export(tiny_model, to="onnx", ort=True, out=tmp_path, verify=False)
+    result = check(made.artifact.path)
+    assert (result.status, result.reason) == ("pass", "")
+
+
 @pytest.mark.parametrize("fmt", ["onnx", "tflite"])
 def test_swapped_weights_fail(check: Callable[[Path], ParityResult], copy: Callable[..., Path], fmt: str) -> None:
     place = copy(fmt, "fp32")

@@ -412,15 +412,16 @@ def test_form_is_exported_as_the_artifact_was(
     tiny_model: Any, exports: SimpleNamespace, bench: Callable[..., Bench], tmp_path: Path
 ) -> None:
     (made,) = export(
-        tiny_model, to="onnx", precision="fp16", input="image", opset=20, dynamic_batch=True, out=tmp_path, verify=False
-    )
+        tiny_model, to="onnx", precision="fp16", input="image", opset=20, dynamic_batch=True, ort=True, out=tmp_path,
+        verify=False,
+    )  # fmt: skip
     exports.error = UsageError("not needed")
     bench({})
     tune_forms(made.artifact.path)
     assert exports.calls == [
         {
             "form": OTHER, "to": "onnx", "precision": "fp16", "input": "image", "opset": 20, "dynamic_batch": True,
-            "deployment_target": None, "verify": False,
+            "ort": True, "deployment_target": None, "verify": False,
         }
     ]  # fmt: skip
 
