@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from filelock import FileLock
 
 from mvit_export.artifact import write_json
+from mvit_export.formats import plan_targets
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -74,19 +76,25 @@ def tiny_model() -> Any:
 def tiny_artifact(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_artifact("onnx", "fp32")` -> its artifact directory, unverified; made once, so do not change it.
 
-    Without a form it has the default one of its format and precision.
+    Without a form it has the default one of its format and precision. pytest-xdist's workers, whose own folders lie
+    side by side, export what one of them needs once, and take copies.
     """
     from mvit_export import export
 
-    made: dict[tuple[str | None, ...], Path] = {}
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    shared.mkdir(exist_ok=True)
 
     def make(fmt: str, precision: str = "fp32", input: str = "tensor", form: str | None = None) -> Path:
-        key = (fmt, precision, input, form)
-        if key not in made:
-            out = tmp_path_factory.mktemp("artifacts")
-            (result,) = export(tiny_model, to=fmt, precision=precision, input=input, form=form, out=out, verify=False)
-            made[key] = result.artifact.path
-        return made[key]
+        (target,) = plan_targets(fmt, precision=precision, input=input, form=form)
+        options = {"precision": precision, "input": input, "form": form}
+        original, place = (folder / input / "tiny" / target.name for folder in (shared, own / "exported"))
+        if not place.exists():
+            with FileLock(shared / f"{target.name}-{input}.lock"):
+                if not original.exists():  # an export appears whole or not at all
+                    export(tiny_model, to=fmt, **options, out=shared / input, verify=False)  # type: ignore[arg-type]
+            shutil.copytree(original, place)
+        return place
 
     return make
 

@@ -286,13 +286,14 @@ FILES = [(fmt.name, form) for fmt in FORMATS.values() for form in fmt.forms]
 
 
 @pytest.mark.parametrize(("fmt", "form"), FILES)
-def test_files_of_every_form_pass(fmt: str, form: str, tiny_model: Any, tmp_path: Path) -> None:
-    (result,) = export(tiny_model, to=fmt, precision="fp32", form=form, out=tmp_path)
-    assert result.parity is not None and result.parity.status == "pass", result.parity and result.parity.reason
-    assert result.parity.metrics is not None and result.parity.metrics.psnr_db > 100
-    assert manifest(result.artifact.path)["form"] == form
+def test_files_of_every_form_pass(fmt: str, form: str, tiny_artifact: Callable[..., Path]) -> None:
+    place = tiny_artifact(fmt, form=form)
+    (result,) = verify(place)
+    assert result.status == "pass", result.reason
+    assert result.metrics is not None and result.metrics.psnr_db > 100
+    assert manifest(place)["form"] == form
     suffix = "" if form == FORMATS[fmt].forms[0] else f"-{form}"
-    assert result.artifact.path.name == f"{fmt}-fp32{suffix}"
+    assert place.name == f"{fmt}-fp32{suffix}"
 
 
 def test_default_form_is_recorded(tiny_artifact: Callable[..., Path]) -> None:

@@ -29,11 +29,9 @@ ENVIRONMENT = {"cpu": "a core", "cores": 2, "system": "Linux", "machine": "aarch
 
 
 @pytest.fixture(scope="module")
-def other(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(tiny_artifact: Callable[..., Path]) -> Path:
     """The tiny network in the form that is not ONNX's default."""
-    out = tmp_path_factory.mktemp("other")
-    (made,) = export(tiny_model, to="onnx", form=OTHER, out=out, verify=False)
-    return made.artifact.path
+    return tiny_artifact("onnx", form=OTHER)
 
 
 @pytest.fixture
