@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,8 @@ def export_default(blank: File, source: Source, runs: int) -> File:
 def export_form(source: Source, fmt: str, form: str) -> Artifact:
     model = load_model(weights=source.weights[OURS], image_size=source.size)
     out = source.folder / form
-    (result,) = export(model, to=fmt, precision="fp32", form=form, out=out, overwrite=True, verify=False)
+    with redirect_stdout(sys.stderr):  # litert-torch tells its progress; the tables alone go to stdout
+        (result,) = export(model, to=fmt, precision="fp32", form=form, out=out, overwrite=True, verify=False)
     return result.artifact
 
 

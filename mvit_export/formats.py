@@ -165,7 +165,7 @@ def plan_targets(
                     input,
                     opset=choose_opset(opset, p) if fmt.name == "onnx" else None,
                     dynamic_batch=dynamic_batch and fmt.name == "onnx",
-                    ort=ort and fmt.name == "onnx",
+                    ort=fmt.name == "onnx" and choose_ort(ort, p),
                     deployment_target=choose_deployment(deployment_target, p, chosen) if fmt.name == "coreml" else None,
                     recipe=(recipe or DEFAULT_RECIPE) if p in WITH_RECIPE else None,
                     form=chosen,
@@ -180,6 +180,13 @@ def choose_form(asked: str, fmt: Format, precision: str) -> str:
     if precision not in FULL:
         raise UsageError(f"--form is for {' and '.join(FULL)}, not for {precision}, whose form is fixed; leave it out")
     return form
+
+
+def choose_ort(asked: bool, precision: str) -> bool:
+    """Refuses what ONNX Runtime would not write as it was asked for: on x86 fp16 becomes fp32 with casts, for good."""
+    if asked and precision == "fp16":
+        raise UsageError("--ort has no fp16: an optimizer without fp16 arithmetic writes fp32 with casts; use fp32")
+    return asked
 
 
 def choose_opset(asked: int | None, precision: str) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from mvit_export import export, load_model, verify
 from mvit_export.converters import export as exporting
 from mvit_export.converters.fold import fold_batch_norms
-from mvit_export.converters.forms import FORMS, algebra, difference, take_form
+from mvit_export.converters.forms import FORMS, algebra, difference, patches, take_form
 from mvit_export.converters.forms.blocks import OpenBlock, is_standard
 from mvit_export.converters.forms.lanes import CutConv, CutLinear, cut_convs, cut_linears
 from mvit_export.converters.forms.patches import PatchesBlock
@@ -140,6 +140,24 @@ def test_winograd_is_the_convolution(size: tuple[int, int], width: int) -> None:
     found = WinogradConv(layer)(x).reshape(2, 2, 2, size[0] // 2, size[1] // 2, width)
     pixels = found.permute(2, 5, 3, 0, 4, 1).reshape(2, width, *size)  # (ph, pw, B, nh, nw, C) -> (B, C, H, W)
     close(pixels, layer(x))
+
+
+@pytest.mark.parametrize(("batch", "at_once", "parts"), [(1, 2**18, 1), (1, 1, 4), (3, 1, 4), (1, 2 * 4 * 16**2, 2)])
+@torch.no_grad()
+def test_attention_in_parts(batch: int, at_once: int, parts: int, block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a map of 8x8, 16 tokens to each of 4 places in a patch, so 4 * 16**2 attention weights to a place."""
+    taken: list[torch.Size] = []
+
+    def attend(q: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        taken.append(q.shape)
+        return whole(q, *others)
+
+    whole = patches.attend
+    monkeypatch.setattr(patches, "attend", attend)
+    monkeypatch.setattr(patches, "AT_ONCE", at_once)
+    x = noise(batch, 48, 8, 8)
+    close(PatchesBlock(open_block(block))(x), block(x))
+    assert taken == 2 * parts * [(4 * batch // parts, 4, 16, 10)]  # in two encoders
 
 
 # What is left alone

@@ -39,7 +39,7 @@ def test_it_holds_the_optimized_graph(made: Path, tiny_artifact: Callable[..., P
 
 
 @pytest.mark.parametrize("options", [
-    {"input": "image"}, {"precision": "fp16"}, {"precision": "int8-dynamic"}, {"dynamic_batch": True, "form": "plain"},
+    {"input": "image"}, {"precision": "int8-dynamic"}, {"dynamic_batch": True, "form": "plain"},
 ], ids=str)  # fmt: skip
 def test_it_is_proven_as_it_was_asked_for(tmp_path: Path, options: dict[str, Any]) -> None:
     model = load_model(model=TINY, labels=LABELS)

@@ -406,20 +406,20 @@ def test_coreml_off_macos_is_not_run(
 # The command
 
 
+@pytest.mark.parametrize("options", [{"precision": "fp16", "ort": False}, {"precision": "fp32", "ort": True}])
 def test_form_is_exported_as_the_artifact_was(
-    tiny_model: Any, exports: SimpleNamespace, bench: Callable[..., Bench], tmp_path: Path
+    options: dict[str, Any], tiny_model: Any, exports: SimpleNamespace, bench: Callable[..., Bench], tmp_path: Path
 ) -> None:
     (made,) = export(
-        tiny_model, to="onnx", precision="fp16", input="image", opset=20, dynamic_batch=True, ort=True, out=tmp_path,
-        verify=False,
-    )  # fmt: skip
+        tiny_model, to="onnx", input="image", opset=20, dynamic_batch=True, out=tmp_path, verify=False, **options
+    )
     exports.error = UsageError("not needed")
     bench({})
     tune_forms(made.artifact.path)
     assert exports.calls == [
         {
-            "form": OTHER, "to": "onnx", "precision": "fp16", "input": "image", "opset": 20, "dynamic_batch": True,
-            "ort": True, "deployment_target": None, "verify": False,
+            "form": OTHER, "to": "onnx", "input": "image", "opset": 20, "dynamic_batch": True,
+            "deployment_target": None, "verify": False, **options,
         }
     ]  # fmt: skip
 

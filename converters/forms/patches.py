@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from mvit_export.converters.forms.blocks import OpenAttention, OpenBlock, OpenEncoder, channels_first, channels_last
 from mvit_export.models.mobilevit import HEADS, ConvNormAct, resize
 
+AT_ONCE = 2**18  # attention weights: 1 MiB in fp32
+PARTS = 4  # the places in a patch of 2x2
+
 
 class PatchesBlock(nn.Module):
     def __init__(self, block: OpenBlock) -> None:
@@ -89,7 +92,11 @@ class PatchesEncoder(nn.Module):
 
 
 class PatchesAttention(nn.Module):
-    """Between the N tokens of each place in a patch: (P*B, N, d) -> (P*B, N, d)."""
+    """Between the N tokens of each place in a patch: (P*B, N, d) -> (P*B, N, d).
+
+    In up to `PARTS` parts, so that the attention weights of one, which an op writes and the next reads, stay in a
+    processor's second cache: at 256x256 those of the first block have 1 MiB to a place in the patch.
+    """
 
     def __init__(self, attention: OpenAttention) -> None:
         super().__init__()
@@ -99,5 +106,19 @@ class PatchesAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count, d = x.shape[1:]
         q, k, v = (part.reshape(-1, count, HEADS, self.head_dim) for part in self.qkv(x))  # (P*B, N, heads, d/heads)
-        weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(dim=-1)  # (P*B, heads, N, N)
-        return self.proj((weights @ v.transpose(1, 2)).transpose(1, 2).reshape(-1, count, d))
+        q, k, v = (
+            q.transpose(1, 2),
+            k.permute(0, 2, 3, 1),
+            v.transpose(1, 2),
+        )  # (.., heads, N, d/heads), k the other way
+        part = max(AT_ONCE // (HEADS * count**2), math.ceil(len(q) / PARTS))  # of P*B
+        if part < len(q):
+            y = torch.cat([attend(*some) for some in zip(*(x.split(part) for x in (q, k, v)), strict=True)])
+        else:
+            y = attend(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(-1, count, d))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k) v, over the last two axes: (.., N, D), (.., D, N), (.., N, D) -> (.., N, D)."""
+    return (q @ k).softmax(dim=-1) @ v
