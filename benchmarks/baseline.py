@@ -131,7 +131,7 @@ def not_compared(reason: str) -> dict[str, Any]:
 def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two rows comparable: all but the versions, whose change may be what made it slower."""
     runtime = tuple(word for word in row["runtime"].split() if not word[0].isdigit())
-    return (*(str(row[name]) for name in KEY), runtime)
+    return (*(str(row[name]) for name in KEY), bool(row.get("ort")), runtime)  # not in earlier versions' rows
 
 
 def describe(machine: Sequence[Any]) -> str:

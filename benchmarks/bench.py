@@ -201,7 +201,8 @@ def blank_row(setting: Setting, device: Device) -> dict[str, Any]:
     known = setting.input_shape[1:] == exported[1:]
     return {
         "path": str(artifact.path), "model": manifest.model.name, "variant": manifest.model.variant,
-        "format": manifest.format, "precision": manifest.precision, "status": NOT_RUN, "reason": "",
+        "format": manifest.format, "precision": manifest.precision, "ort": manifest.target.ort,
+        "status": NOT_RUN, "reason": "",
         "runtime": setting.runtime, "device": device.name, "threads": setting.threads, "batch": setting.input_shape[0],
         "input_shape": list(setting.input_shape),
         "macs": manifest.model.macs * setting.input_shape[0] // (exported[0] or 1) if known else None,
@@ -254,7 +255,7 @@ def flag_slower_siblings(running: Running, series: Sequence[Series]) -> None:
     full = {
         (row["model"], probe.setting.runtime): found
         for (row, probe), found in zip(running, series, strict=True)
-        if row["precision"] == "fp32"
+        if row["precision"] == "fp32" and not row["ort"]
     }
     for (row, probe), found in zip(running, series, strict=True):
         sibling = full.get((row["model"], probe.setting.runtime))

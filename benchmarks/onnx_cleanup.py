@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=15, help="seconds of each file, twice")
     arguments = parser.parse_args()
     artifact = read_artifact(arguments.artifact)
-    if artifact.model_path.suffix != ".onnx":
-        raise SystemExit(f"{artifact.model_path} is the model, expected a .onnx file")
+    if artifact.model_path.suffix != ".onnx" or artifact.manifest.precision != "fp32":
+        raise SystemExit(f"{artifact.model_path} is {artifact.manifest.precision}, expected a .onnx file in fp32")
     ort.set_default_logger_severity(3)  # it warns of what it writes being for this hardware alone, as said above
     with tempfile.TemporaryDirectory() as folder:
         files = {OWN: artifact.model_path}

@@ -107,7 +107,8 @@ def export(
 ) -> tuple[ExportResult, ...]:
     """Write one artifact directory `out/NAME/FORMAT-PRECISION` per target, and check each against PyTorch.
 
-    `to` is a format, a list of them or "all"; `precision` and `form` None are each format's default.
+    `to` is a format, a list of them or "all"; `precision` and `form` None are each format's default. `ort` makes ONNX
+    an optimized `.ort` file.
     `on_step(target, step)` is called with "convert", "verify" and "done" for progress. Raises children of
     MvitExportError; a directory appears whole or not at all, and those finished before an error stay.
 

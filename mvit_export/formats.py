@@ -183,9 +183,9 @@ def choose_form(asked: str, fmt: Format, precision: str) -> str:
 
 
 def choose_ort(asked: bool, precision: str) -> bool:
-    """Refuses what ONNX Runtime would not write as it was asked for: on x86 fp16 becomes fp32 with casts, for good."""
-    if asked and precision == "fp16":
-        raise UsageError("--ort has no fp16: an optimizer without fp16 arithmetic writes fp32 with casts; use fp32")
+    """Refuses what an optimized file would not hold: fewer bits are computed back to floats, fp16 on x86 to fp32."""
+    if asked and precision != "fp32":
+        raise UsageError(f"--ort is for fp32, optimizing takes {precision} back to fp32; use --precision fp32")
     return asked
 
 

@@ -69,7 +69,8 @@ def read_ort(path: Path) -> dict[str, Any]:
     session = InferenceSession.GetRootAs(path.read_bytes(), 0)
     graph = session.Model().Graph()
     operators = Counter(graph.Nodes(index).OpType().decode() for index in range(graph.NodesLength()))
-    return _contents({"ort_format_version": session.OrtVersion().decode()}, operators)
+    contents = _contents({"ort_format_version": session.OrtVersion().decode()}, operators)
+    return contents | {"phones": {"reason": "the graph is optimized for CPUs; inspect a file exported without --ort"}}
 
 
 def read_onnx(path: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import numpy as np
 
 from mvit_export.artifact import Artifact
 from mvit_export.errors import ArtifactError, MvitExportError, first_line, require
-from mvit_export.formats import ORT_SUFFIX
 from mvit_export.runtimes import litert_runtime
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # torch's exporter writes it: a node's modules, outermost first
@@ -53,8 +52,6 @@ def read_onnx(path: Path, array: np.ndarray, chains: Chains) -> Iterator[Interme
     """Every node's outputs become outputs of a copy of the graph, which runs as written, not optimised."""
     onnx = require("onnx", extra="onnx", purpose="to read the layers of ONNX files")
     ort = require("onnxruntime", extra="onnx", purpose="to run ONNX files")
-    if path.suffix == ORT_SUFFIX:
-        raise ArtifactError(f"{path} has fused layers, which cannot be looked into; export without --ort")
     model = onnx.load(str(path))
     nodes = {name: node for node in model.graph.node for name in node.output if name}
     declared = {output.name for output in model.graph.output}

@@ -228,6 +228,8 @@ def verify(
         with suppress(OSError):  # a verdict of yesterday says nothing if today's check ends in an error
             (place / record_name("parity", device)).unlink(missing_ok=True)
     artifacts = [read_artifact(place) for place in places]
+    if find_layer:
+        check_layers(artifacts)
     results: list[ParityResult] = []
     for artifact in artifacts:
         verdicts = judge(artifact, against=against, weights=weights, on_case=on_case, sessions=sessions)
@@ -235,6 +237,15 @@ def verify(
             verdicts = [with_location(verdict, artifact, weights) for verdict in verdicts]
         results += store_verdicts(artifact, [replace(verdict, device=device) for verdict in verdicts])
     return tuple(results)
+
+
+def check_layers(artifacts: Sequence[Artifact]) -> None:
+    """Refuse files whose layers are fused for good, before any is checked."""
+    for artifact in artifacts:
+        if artifact.manifest.target.ort:
+            raise UsageError(
+                f"--locate: {artifact.model_path} has fused layers; export without --ort to look into them"
+            )
 
 
 def judge(

@@ -93,7 +93,8 @@ def tiny_artifact(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
             with FileLock(shared / f"{target.name}-{input}.lock"):
                 if not original.exists():  # an export appears whole or not at all
                     export(tiny_model, to=fmt, **options, out=shared / input, verify=False)  # type: ignore[arg-type]
-            shutil.copytree(original, place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Path(shutil.copytree(original, own / "partial", dirs_exist_ok=True)).rename(place)
         return place
 
     return make

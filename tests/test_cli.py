@@ -203,7 +203,7 @@ MISTAKES = [
     ("--to tflite --variant s --opset 18", "--opset does not apply to tflite; only onnx takes it"),
     ("--to coreml,tflite --variant s --dynamic-batch", "--dynamic-batch does not apply to coreml, tflite; only onnx takes it"),
     ("--to tflite --variant s --ort", "--ort does not apply to tflite; only onnx takes it"),
-    ("--to onnx --variant s --ort --precision fp32,fp16", "--ort has no fp16: an optimizer without fp16 arithmetic writes fp32 with casts; use fp32"),
+    ("--to onnx --variant s --ort --precision fp32,fp16", "--ort is for fp32, optimizing takes fp16 back to fp32; use --precision fp32"),
     ("--to onnx --variant s --deployment-target iOS17", "--deployment-target does not apply to onnx; only coreml takes it"),
     ("--to coreml --variant s --deployment-target iOS9", "deployment target 'iOS9' is not known, expected one of iOS15, iOS16, iOS17, iOS18, iOS26; did you mean iOS26?"),
     ("--to onnx --variant s --opset 12", "--opset is 12, expected 18 to 23"),

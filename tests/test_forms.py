@@ -17,6 +17,7 @@ from tiny import CONFIG
 from torch import nn
 
 from mvit_export import export, load_model, verify
+from mvit_export.benchmarks.profiling import profile_tflite
 from mvit_export.converters import export as exporting
 from mvit_export.converters.fold import fold_batch_norms
 from mvit_export.converters.forms import FORMS, algebra, difference, patches, take_form
@@ -26,6 +27,7 @@ from mvit_export.converters.forms.patches import PatchesBlock
 from mvit_export.converters.forms.winograd import WinogradConv
 from mvit_export.errors import ArtifactError, ConversionError, UsageError
 from mvit_export.formats import FORMATS, FULL, PLAIN, plan_targets
+from mvit_export.inspection import inspect_artifact
 from mvit_export.models.mobilevit import ConvNormAct, MobileViT, MobileViTBlock
 
 KEYS = pytest.mark.parametrize("key", FORMS, ids="-".join)
@@ -142,10 +144,12 @@ def test_winograd_is_the_convolution(size: tuple[int, int], width: int) -> None:
     close(pixels, layer(x))
 
 
-@pytest.mark.parametrize(("batch", "at_once", "parts"), [(1, 2**18, 1), (1, 1, 4), (3, 1, 4), (1, 2 * 4 * 16**2, 2)])
+@pytest.mark.parametrize(
+    ("batch", "at_once", "parts"), [(1, 256, 1), (1, 4, 1), (1, 3, 2), (1, 1, 4), (3, 3, 4), (3, 2, 1), (1, 0, 1)]
+)
 @torch.no_grad()
 def test_attention_in_parts(batch: int, at_once: int, parts: int, block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a map of 8x8, 16 tokens to each of 4 places in a patch, so 4 * 16**2 attention weights to a place."""
+    """A map of 8x8 has 16 tokens to each of 4 places in a patch, so 4 * 16**2 attention weights; `at_once` of these."""
     taken: list[torch.Size] = []
 
     def attend(q: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
@@ -154,10 +158,20 @@ def test_attention_in_parts(batch: int, at_once: int, parts: int, block: Any, mo
 
     whole = patches.attend
     monkeypatch.setattr(patches, "attend", attend)
-    monkeypatch.setattr(patches, "AT_ONCE", at_once)
+    monkeypatch.setattr(patches, "AT_ONCE", at_once * 4 * 16**2)
     x = noise(batch, 48, 8, 8)
     close(PatchesBlock(open_block(block))(x), block(x))
     assert taken == 2 * parts * [(4 * batch // parts, 4, 16, 10)]  # in two encoders
+
+
+def test_file_with_attention_in_parts(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what files of 256x256 have. XNNPACK has fp16 kernels for what cuts and joins."""
+    monkeypatch.setattr(patches, "AT_ONCE", 4 * 16**2)
+    (result,) = export(tiny_model, to="tflite", out=tmp_path)
+    assert result.parity is not None and result.parity.status == "pass", result.parity and result.parity.reason
+    assert inspect_artifact(result.artifact)["operators"]["SOFTMAX"] > 9, "an encoder has more than one"
+    rows = profile_tflite(str(result.artifact.model_path), {"image": noise(1, 3, 64, 64).numpy()}, runs=3, fp16=True)
+    assert not [row["type"] for row in rows if "F32" in row["type"]]
 
 
 # What is left alone
@@ -306,9 +320,9 @@ FILES = [(fmt.name, form) for fmt in FORMATS.values() for form in fmt.forms]
 @pytest.mark.parametrize(("fmt", "form"), FILES)
 def test_files_of_every_form_pass(fmt: str, form: str, tiny_artifact: Callable[..., Path]) -> None:
     place = tiny_artifact(fmt, form=form)
-    (result,) = verify(place)
-    assert result.status == "pass", result.reason
-    assert result.metrics is not None and result.metrics.psnr_db > 100
+    for result in verify(place):
+        assert result.status == "pass", result.reason
+        assert result.metrics is not None and result.metrics.psnr_db > 100
     assert manifest(place)["form"] == form
     suffix = "" if form == FORMATS[fmt].forms[0] else f"-{form}"
     assert place.name == f"{fmt}-fp32{suffix}"

@@ -49,5 +49,5 @@ def test_what_computes_something_else_is_not_timed(
 def test_another_format_is_refused(
     tiny_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=r"tiny\.mlpackage is the model, expected a \.onnx file"):
-        run(tiny_artifact("coreml"), monkeypatch, capsys)
+    with pytest.raises(SystemExit, match=r"tiny\.mlpackage is fp16, expected a \.onnx file in fp32$"):
+        run(tiny_artifact("coreml", "fp16"), monkeypatch, capsys)

@@ -12,7 +12,8 @@ from conftest import LABELS, TINY, Finished, swap_weights
 
 from mvit_export import export, load_model
 from mvit_export.artifact import read_artifact
-from mvit_export.errors import ArtifactError
+from mvit_export.benchmarks.tune import open_search
+from mvit_export.errors import UsageError
 from mvit_export.inspection import inspect_artifact
 from mvit_export.parity import verify
 
@@ -38,9 +39,7 @@ def test_it_holds_the_optimized_graph(made: Path, tiny_artifact: Callable[..., P
     assert "onnxruntime" not in read_artifact(tiny_artifact("onnx")).manifest.tools
 
 
-@pytest.mark.parametrize("options", [
-    {"input": "image"}, {"precision": "int8-dynamic"}, {"dynamic_batch": True, "form": "plain"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{"input": "image"}, {"dynamic_batch": True, "form": "plain"}], ids=str)
 def test_it_is_proven_as_it_was_asked_for(tmp_path: Path, options: dict[str, Any]) -> None:
     model = load_model(model=TINY, labels=LABELS)
     (result,) = export(model, to="onnx", ort=True, out=tmp_path, **options)
@@ -57,9 +56,11 @@ def test_wrong_weights_fail(made: Path, tmp_path: Path) -> None:
     assert result.reason.startswith("PSNR ")
 
 
-def test_layers_cannot_be_looked_into(made: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"tiny\.ort has fused layers, .*; export without --ort$"):
+def test_what_takes_the_graph_as_it_was(made: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--locate: .*tiny\.ort has fused layers; export without --ort"):
         verify(made, find_layer=True)
+    with pytest.raises(UsageError, match=r"^tune starts from one fp32 artifact, .*-ort is a \.ort file$"):
+        open_search(made)
 
 
 def test_command_makes_and_times_it(cli: Callable[..., Finished], tmp_path: Path) -> None:

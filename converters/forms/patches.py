@@ -94,8 +94,8 @@ class PatchesEncoder(nn.Module):
 class PatchesAttention(nn.Module):
     """Between the N tokens of each place in a patch: (P*B, N, d) -> (P*B, N, d).
 
-    In up to `PARTS` parts, so that the attention weights of one, which an op writes and the next reads, stay in a
-    processor's second cache: at 256x256 those of the first block have 1 MiB to a place in the patch.
+    In parts, where no more than `PARTS` are needed, whose attention weights stay in a processor's second cache between
+    the op that writes them and the next. At 256x256 those of the first block have 1 MiB to each place in a patch.
     """
 
     def __init__(self, attention: OpenAttention) -> None:
@@ -105,18 +105,21 @@ class PatchesAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         count, d = x.shape[1:]
-        q, k, v = (part.reshape(-1, count, HEADS, self.head_dim) for part in self.qkv(x))  # (P*B, N, heads, d/heads)
-        q, k, v = (
-            q.transpose(1, 2),
-            k.permute(0, 2, 3, 1),
-            v.transpose(1, 2),
-        )  # (.., heads, N, d/heads), k the other way
-        part = max(AT_ONCE // (HEADS * count**2), math.ceil(len(q) / PARTS))  # of P*B
+        q, k, v = (part.reshape(-1, count, HEADS, self.head_dim) for part in self.qkv(x))  # (P*B, N, heads, D)
+        q, k, v = q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2)  # (P*B, heads, N, D), k's (.., D, N)
+        part = part_of(len(q), HEADS * count**2)
         if part < len(q):
             y = torch.cat([attend(*some) for some in zip(*(x.split(part) for x in (q, k, v)), strict=True)])
         else:
             y = attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(-1, count, d))
+
+
+def part_of(batch: int, each: int) -> int:
+    """How much of a batch is computed at once, in even parts, where `each` of it has so many attention weights."""
+    fitting = AT_ONCE // each
+    parts = math.ceil(batch / fitting) if fitting else PARTS + 1
+    return math.ceil(batch / parts) if parts <= PARTS else batch
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
