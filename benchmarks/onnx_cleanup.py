@@ -2,9 +2,9 @@
 
 Every file of an artifact is opened by ONNX Runtime as a user opens it, with all of its optimizations, which work on
 what the clean-up left. Outputs must equal those of the artifact's own file before anything is timed; opening and
-inference are then sampled in turn. An export does none of these unasked: inference gains next to nothing, and the last
-two, which open faster, tie a file to the version that made it, the first of them to the processor too. `.ort` is what
-`export --ort` writes. Ends with one JSON line.
+inference are then sampled in turn. An export does none of these unasked: inference gains nothing, and the last two,
+which open faster, tie a file to the version that made it and the first of them to the processor. `.ort` is what `export
+--ort` writes, without the layout of convolutions that x86 alone has, where it is slower. Ends with one JSON line.
 
     python -m mvit_export.benchmarks.onnx_cleanup ARTIFACT [--threads 1] [--budget SECONDS]
 """

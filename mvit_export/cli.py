@@ -107,7 +107,8 @@ def export(
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23 (18).")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="ONNX: take any batch size.")] = False,
     ort: Annotated[
-        bool, typer.Option("--ort", help="ONNX: an optimized .ort file, for this version of ONNX Runtime or newer.")
+        bool,
+        typer.Option("--ort", help="ONNX: an optimized .ort file, for ONNX Runtime on ARM, this version or newer."),
     ] = False,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS15 to iOS26 (iOS16).")] = None,
     calibration: Annotated[
