@@ -367,6 +367,20 @@ def test_another_machine_or_a_missing_row_is_not_compared(report, tmp_path):
     assert "no such row" in report["results"][0]["baseline"]["reason"]
 
 
+def test_ort_file_is_no_slower_onnx_file(report):
+    """They are different files; reports of earlier versions do not say which a row is of."""
+    old = copy.deepcopy(report)
+    for row in old["results"]:
+        del row["ort"]
+    baseline = Baseline(0.1, report=old)
+    baseline.judge(report)
+    assert {row["baseline"]["status"] for row in report["results"]} == {"pass"}
+    for row in report["results"]:
+        row["ort"] = True
+    baseline.judge(report)
+    assert "no such row" in report["results"][0]["baseline"]["reason"]
+
+
 def test_baseline_through_the_command(cli, artifacts, report, tmp_path):
     file = tmp_path / "fast.json"
     file.write_text(json.dumps(slower(report, 0.01)))
