@@ -30,7 +30,7 @@ from mvit_export.artifact import read_artifact
 from mvit_export.benchmarks.peer_tables import table
 from mvit_export.benchmarks.timing import Plan, Series, Subject, measure, ratio
 from mvit_export.cases import make_cases
-from mvit_export.converters.to_onnx import save_optimized
+from mvit_export.ort_format import save_optimized
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at import
 import onnxruntime as ort

@@ -21,6 +21,7 @@ from mvit_export.converters.capture import (
 )
 from mvit_export.converters.quantize_onnx import quantize
 from mvit_export.errors import ConversionError, require
+from mvit_export.ort_format import save_optimized
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # the PyTorch modules that a node came from, outermost first
 
@@ -61,22 +62,6 @@ def convert(conversion: Conversion, path: Path) -> str:
         onnx.save(model, path)
         onnx.checker.check_model(str(path), full_check=True)
     return TORCH_EXPORT
-
-
-def save_optimized(model: bytes, path: Path) -> None:
-    """ONNX Runtime's `.ort` file of a model, as its own convert_onnx_models_to_ort writes it in style Fixed.
-
-    All optimizations but NCHWc convolutions, which x86 alone has: the file would open nowhere else. Opened there, it
-    does without them.
-    """
-    ort = require("onnxruntime", extra="onnx", purpose="to write .ort files")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = 1  # nothing is run
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.optimized_model_filepath = str(path)
-    options.add_session_config_entry("session.save_model_format", "ORT")
-    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"])
 
 
 def check_opset(model, opset: int | None) -> None:  # type: ignore[no-untyped-def]  # onnx's own protobuf class
