@@ -46,23 +46,10 @@ def slim(source: Path, path: Path) -> None:
     onnx.save(onnxslim.slim(str(source)), path)
 
 
-def optimize(source: Path, path: Path) -> None:
-    """ONNX Runtime writes what it made of a file for this very processor."""
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(path)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-def as_ort(source: Path, path: Path) -> None:
-    """As `export --ort` does."""
-    save_optimized(source.read_bytes(), path)
-
-
 CLEANED: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "onnxslim": ("slim.onnx", slim),
-    "ONNX Runtime, offline": ("offline.onnx", optimize),
-    "ONNX Runtime, .ort": ("offline.ort", as_ort),
+    "ONNX Runtime, offline": ("offline.onnx", partial(save_optimized, portable=False)),
+    "ONNX Runtime, .ort": ("offline.ort", save_optimized),
 }
 
 

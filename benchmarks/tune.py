@@ -82,8 +82,8 @@ def open_search(path: Path, **options: Any) -> Search:
     """Raises UsageError unless `path` is one fp32 artifact."""
     place, *others = find_artifacts(path)
     base = read_artifact(place)
-    if others or base.manifest.precision != "fp32" or base.manifest.target.ort:
-        found = "several" if others else "a .ort file" if base.manifest.target.ort else base.manifest.precision
+    found = "several" if others else "a .ort file" if base.manifest.target.ort else base.manifest.precision
+    if found != "fp32":
         raise UsageError(f"tune starts from one fp32 artifact, {path} is {found}")
     return Search(base, **options)
 

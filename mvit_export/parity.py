@@ -23,6 +23,7 @@ from mvit_export.artifact import (
     find_artifacts,
     load_golden,
     read_artifact,
+    read_manifest,
     record_name,
     write_json,
 )
@@ -224,12 +225,12 @@ def verify(
     if find_layer and device != "local":
         raise UsageError("--locate looks into files with the runtimes of this machine; leave out --device")
     places = find_artifacts(path)
+    if find_layer:
+        check_layers(places)
     for place in places:
         with suppress(OSError):  # a verdict of yesterday says nothing if today's check ends in an error
             (place / record_name("parity", device)).unlink(missing_ok=True)
     artifacts = [read_artifact(place) for place in places]
-    if find_layer:
-        check_layers(artifacts)
     results: list[ParityResult] = []
     for artifact in artifacts:
         verdicts = judge(artifact, against=against, weights=weights, on_case=on_case, sessions=sessions)
@@ -239,13 +240,12 @@ def verify(
     return tuple(results)
 
 
-def check_layers(artifacts: Sequence[Artifact]) -> None:
-    """Refuse files whose layers are fused for good, before any is checked."""
-    for artifact in artifacts:
-        if artifact.manifest.target.ort:
-            raise UsageError(
-                f"--locate: {artifact.model_path} has fused layers; export without --ort to look into them"
-            )
+def check_layers(places: Sequence[Path]) -> None:
+    """Refuse files whose layers are fused for good, before any is checked. What is damaged is told by the check."""
+    for place in places:
+        with suppress(ArtifactError):
+            if read_manifest(place).target.ort:
+                raise UsageError(f"--locate: {place} is a .ort file, whose layers are fused; export without --ort")
 
 
 def judge(

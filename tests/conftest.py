@@ -87,12 +87,13 @@ def tiny_artifact(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def make(fmt: str, precision: str = "fp32", input: str = "tensor", form: str | None = None) -> Path:
         (target,) = plan_targets(fmt, precision=precision, input=input, form=form)
+        kind = f"{input}-{form or 'default'}"  # a default that was asked for is exported as such
         options = {"precision": precision, "input": input, "form": form}
-        original, place = (folder / input / "tiny" / target.name for folder in (shared, own / "exported"))
+        original, place = (folder / kind / "tiny" / target.name for folder in (shared, own / "exported"))
         if not place.exists():
-            with FileLock(shared / f"{target.name}-{input}.lock"):
+            with FileLock(shared / f"{kind}-{target.name}.lock"):
                 if not original.exists():  # an export appears whole or not at all
-                    export(tiny_model, to=fmt, **options, out=shared / input, verify=False)  # type: ignore[arg-type]
+                    export(tiny_model, to=fmt, **options, out=shared / kind, verify=False)  # type: ignore[arg-type]
             place.parent.mkdir(parents=True, exist_ok=True)
             Path(shutil.copytree(original, own / "partial", dirs_exist_ok=True)).rename(place)
         return place

@@ -320,7 +320,9 @@ FILES = [(fmt.name, form) for fmt in FORMATS.values() for form in fmt.forms]
 @pytest.mark.parametrize(("fmt", "form"), FILES)
 def test_files_of_every_form_pass(fmt: str, form: str, tiny_artifact: Callable[..., Path]) -> None:
     place = tiny_artifact(fmt, form=form)
-    for result in verify(place):
+    results = verify(place)
+    assert results
+    for result in results:
         assert result.status == "pass", result.reason
         assert result.metrics is not None and result.metrics.psnr_db > 100
     assert manifest(place)["form"] == form

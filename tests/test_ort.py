@@ -56,8 +56,16 @@ def test_wrong_weights_fail(made: Path, tmp_path: Path) -> None:
     assert result.reason.startswith("PSNR ")
 
 
+def test_a_verdict_outlives_a_question_that_cannot_be_asked(made: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(made, tmp_path / "onnx-fp32-ort"))
+    verify(place)
+    with pytest.raises(UsageError, match=r"^--locate"):
+        verify(tmp_path, find_layer=True)
+    assert (place / "parity.json").exists()
+
+
 def test_what_takes_the_graph_as_it_was(made: Path) -> None:
-    with pytest.raises(UsageError, match=r"^--locate: .*tiny\.ort has fused layers; export without --ort"):
+    with pytest.raises(UsageError, match=r"^--locate: .*-ort is a \.ort file, whose layers are fused; export without"):
         verify(made, find_layer=True)
     with pytest.raises(UsageError, match=r"^tune starts from one fp32 artifact, .*-ort is a \.ort file$"):
         open_search(made)
