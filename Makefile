@@ -4,21 +4,25 @@ BIN := .venv/bin
 RUN := .venv/.run
 DEV := .venv/.dev
 
-.PHONY: demo test coverage quick check clean
+.PHONY: demo test coverage quick docs check clean
 
 demo: $(RUN)
 	$(BIN)/mvit-export --to all --variant xxs --overwrite
 	$(BIN)/mvit-export verify artifacts/mobilevit_xxs
 
 test: $(DEV)
-	$(BIN)/pytest -n auto --dist loadfile --durations=15
+	$(BIN)/pytest -n auto --dist worksteal --durations=15
 
 # Tracing every line slows the converters, so coverage stands apart from the suite that CI runs.
 coverage: $(DEV)
-	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered
 
 quick: $(DEV)
-	$(BIN)/pytest -n auto --dist loadfile -m 'not slow'
+	$(BIN)/pytest -n auto --dist worksteal -m 'not slow'
+
+# Every command that README and docs/ show, as printed, in an empty folder a page.
+docs: $(DEV)
+	$(BIN)/pytest -n auto -m "docs or not docs" tests/docs
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

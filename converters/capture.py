@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvit_export.calibration import Calibration
-from mvit_export.formats import PLAIN, Target
-from mvit_export.models.load import LoadedModel, name_outputs
-from mvit_export.preprocessing import Preprocessing
-from mvit_export.recipes import Recipe
+from mvit_export.data.calibration import Calibration
+from mvit_export.data.preprocessing import Preprocessing
+from mvit_export.formats.base import PLAIN
+from mvit_export.formats.recipes import Recipe
+from mvit_export.formats.targets import Target
+from mvit_export.models.loaded import LoadedModel
+from mvit_export.models.outputs import name_outputs
 
 INPUT_NAME = "image"
 TORCH_EXPORT, JIT_TRACE = "torch.export", "torch.jit.trace"  # how a graph was captured
@@ -29,11 +31,11 @@ class Conversion:
     target: Target
     form: str = PLAIN
     metadata: Mapping[str, str] = field(default_factory=dict)
-    recipe: Recipe | None = None  # which parts lose bits, where the precision takes one
-    calibration: Calibration | None = None  # where the precision is static
+    recipe: Recipe | None = None  # which parts lose bits, if the precision takes one
+    calibration: Calibration | None = None  # if the precision is static
 
     def calibration_inputs(self) -> Iterator[np.ndarray]:
-        """What the file is fed while it is calibrated, streamed anew by every call; each of batch 1."""
+        """The inputs that the file is calibrated on, each of batch 1. Every call streams them again."""
         assert self.calibration is not None
         return self.calibration.pictures() if self.target.input == "image" else self.calibration.tensors()
 
@@ -49,8 +51,11 @@ class Exportable(nn.Module):
     graph. With `half`, weights and arithmetic are fp16 while inputs and outputs stay as they are.
     """
 
-    def __init__(self, model: nn.Module, *, preprocessing: Preprocessing | None = None, half: bool = False) -> None:
+    def __init__(
+        self, conversion: Conversion, *, preprocessing: Preprocessing | None = None, half: bool = False
+    ) -> None:
         super().__init__()
+        model, self.names = conversion.module, conversion.model.output_names
         self.half_precision = half
         self.model = copy.deepcopy(model).half() if half else model
         self.normalise = Normalise(preprocessing) if preprocessing else nn.Identity()
@@ -59,8 +64,9 @@ class Exportable(nn.Module):
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         x = self.normalise(image)
         if not self.half_precision:
-            return name_outputs(self.model(x))
-        return {name: value.float() for name, value in name_outputs(self.model(x.half())).items()}
+            return name_outputs(self.model(x), self.names)
+        outputs = name_outputs(self.model(x.half()), self.names)
+        return {name: value.float() for name, value in outputs.items()}
 
 
 class Normalise(nn.Module):
@@ -81,7 +87,7 @@ class Normalise(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = image.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         if self.flip:
-            x = torch.cat((x[:, 2:3], x[:, 1:2], x[:, 0:1]), dim=1)  # slices: every format has them, `flip` not
+            x = torch.cat((x[:, 2:3], x[:, 1:2], x[:, 0:1]), dim=1)  # slices, because not every format has `flip`
         x = x * self.scale
         return x + self.shift if self.shifted else x
 

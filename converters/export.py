@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mvit_export import __version__, parity
+from mvit_export import __version__
 from mvit_export.artifact import (
     GOLDEN,
     MANIFEST,
@@ -30,59 +30,49 @@ from mvit_export.artifact import (
     save_golden,
     write_json,
 )
-from mvit_export.calibration import Calibration, open_calibration
-from mvit_export.cases import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, Case, make_cases, stored_case
+from mvit_export.checks import parity
+from mvit_export.checks.inputs import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, Case, make_cases, stored_case
 from mvit_export.converters.capture import INPUT_NAME, Conversion
-from mvit_export.converters.fold import fold_batch_norms
-from mvit_export.converters.forms import count_blocks, take_form
-from mvit_export.converters.recipes import find_recipe, recipe_name
-from mvit_export.converters.side_by_side import (
-    Crew,
-    Work,
-    choose_jobs,
-    do_in_turn,
-    no_collection,
-    order_of,
-    packages_of,
-)
+from mvit_export.converters.jobs import Crew, Work, choose_jobs, do_in_turn, order_of, packages_of
+from mvit_export.data.calibration import Calibration, open_calibration
 from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
-from mvit_export.formats import (
-    CALIBRATED,
-    FORMATS,
-    FULL,
-    PLAIN,
+from mvit_export.families.forms import count_blocks, take_form
+from mvit_export.families.load import rebuild_model
+from mvit_export.families.table import titles
+from mvit_export.formats.base import PLAIN
+from mvit_export.formats.table import FULL
+from mvit_export.formats.targets import (
     Target,
     check_installed,
     check_size_count,
+    find_recipe,
     plan_targets,
+    recipe_name,
 )
-from mvit_export.models.load import LoadedModel, rebuild_model
-from mvit_export.runtimes import open_torch
-from mvit_export.staging import check_free, no_empty_folders, staged_directory
+from mvit_export.models.fold import fold_batch_norms
+from mvit_export.models.loaded import LoadedModel
+from mvit_export.readers.session import open_torch
+from mvit_export.results.parity import ParityResult
+from mvit_export.results.status import worst_status
+from mvit_export.system.processes import no_collection
+from mvit_export.system.staging import check_free, no_empty_folders, staged_directory
 
 GOLDEN_SAMPLES = 8
-CONVERTERS = {
-    "coreml": "mvit_export.converters.to_coreml",
-    "onnx": "mvit_export.converters.to_onnx",
-    "tflite": "mvit_export.converters.to_tflite",
-}
-
-
 OnStep = Callable[[Target, str], None]
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One artifact and the verdicts on it, one for each runtime; none where verification was not asked for."""
+    """One artifact and the verdicts on it, one for each runtime; none if verification was not requested."""
 
     artifact: Artifact
-    verdicts: tuple[parity.ParityResult, ...]
+    verdicts: tuple[ParityResult, ...]
 
     @property
-    def parity(self) -> parity.ParityResult | None:
-        """The verdict that counts most: a failed one before one that did not run, before a passed one."""
-        order = (parity.FAIL, parity.NOT_RUN, parity.PASS)
-        return min(self.verdicts, key=lambda verdict: order.index(verdict.status), default=None)
+    def parity(self) -> ParityResult | None:
+        """The verdict that counts most: a failed one, then one that did not run, then a passed one."""
+        worst = worst_status(verdict.status for verdict in self.verdicts)
+        return next((verdict for verdict in self.verdicts if verdict.status == worst), None)
 
 
 def export(
@@ -107,13 +97,13 @@ def export(
 ) -> tuple[ExportResult, ...]:
     """Write one artifact directory `out/NAME/FORMAT-PRECISION` per target, and check each against PyTorch.
 
-    `to` is a format, a list of them or "all"; `precision` and `form` None are each format's default. `ort` makes ONNX
-    an optimized `.ort` file.
-    `on_step(target, step)` is called with "convert", "verify" and "done" for progress. Raises children of
+    `to` is a format, a list of them or "all"; None for `precision` or `form` means each format's default. With `ort`,
+    ONNX is written as an optimized `.ort` file.
+    `on_step(target, step)` is called with "convert", "verify" and "done" for progress. Raises subclasses of
     MvitExportError; a directory appears whole or not at all, and those finished before an error stay.
 
-    `jobs` is how many targets are worked on at once, in processes of their own, so that a script of yours needs
-    `if __name__ == "__main__":`; None is as many as cores and memory allow. A model from a Python file has one.
+    `jobs` is how many targets are worked on at once, each in its own process, so the calling script needs
+    `if __name__ == "__main__":`; None means as many as cores and memory allow. A model from a Python file allows 1.
     """
     targets = plan_targets(
         to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch, ort=ort,
@@ -130,12 +120,12 @@ def export(
     jobs = choose_jobs(jobs, model, targets)
     order = order_of(targets)
     with open_crew([targets[index] for index in order[:jobs]]) as crew:  # it imports converters in the meantime
-        if verify:  # a factory that gives other weights each time is told now, not after the work
+        if verify:  # a factory with different weights each time is reported now, not after the work
             rebuild_model(draft_manifest(model, targets[0], {}))
         folded = fold_batch_norms(model.module, torch.zeros(model.input_shapes[0]))
         works = []
         for target in targets:
-            learned = ranges if target.precision not in FULL else None
+            learned = ranges if not target.precision_row.full else None
             network, form_taken = choose_network(model, folded, target)
             conversion = Conversion(
                 model, network, target, form=form_taken, recipe=recipes[target], calibration=learned
@@ -147,30 +137,34 @@ def export(
 
 
 def open_crew(first: Sequence[Target]) -> AbstractContextManager[Crew | None]:
-    """A process for each of the targets that are begun `first`; none for a single one, which this process does."""
+    """A process for each of the targets that start `first`; none for a single one, which runs in this process."""
     return Crew([packages_of(target) for target in first]) if len(first) > 1 else nullcontext()
 
 
 def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
-    """Refuse what this model cannot be in one of the formats."""
+    """Refuse a model that does not fit one of the targets."""
     labels = model.info.labels or ()
     check_size_count(targets, len(model.input_shapes))
     for target in targets:
         if target.input == "image" and model.preprocessing is None:
             raise UsageError("--input image needs a model that takes 3-channel images (B, 3, H, W); use --input tensor")
         batch = model.input_shapes[0][0]
-        if target.input == "image" and target.format == "coreml" and batch != 1:
-            raise UsageError(f"a Core ML image input holds one image, the model's batch is {batch}; use --input tensor")
-        if target.format == "coreml" and len(set(labels)) != len(labels):
+        if target.input == "image" and target.row.one_image and batch != 1:
+            raise UsageError(
+                f"a {target.row.title} image input holds one image, the model's batch is {batch}; use --input tensor"
+            )
+        if target.row.distinct_labels and len(set(labels)) != len(labels):
             twice = next(label for i, label in enumerate(labels) if label in labels[:i])
-            raise UsageError(f"label {twice!r} stands twice, which a Core ML classifier cannot tell apart; rename one")
+            raise UsageError(
+                f"label {twice!r} appears twice, which a {target.row.title} classifier cannot tell apart; rename one"
+            )
 
 
 def choose_network(model: LoadedModel, folded: nn.Module, target: Target) -> tuple[nn.Module, str]:
-    """The network in the form that was asked for or is the default, and that form's name.
+    """The network in the requested or default form, and that form's name.
 
-    A network without a MobileViT block that could be rewritten keeps its form, and so does one with several sizes,
-    whose blocks are written for that. Raises UsageError where another was asked for, for all blocks.
+    A network without a MobileViT block to rewrite keeps its form, and so does one with several sizes, whose blocks are
+    written for that. Raises UsageError if a requested form does not apply to every block.
     """
     form = target.form or target.default_form
     if target.form not in (None, PLAIN):
@@ -179,20 +173,21 @@ def choose_network(model: LoadedModel, folded: nn.Module, target: Target) -> tup
     taken = None
     if form != PLAIN and len(model.input_shapes) == 1:
         example = torch.rand(model.input_shapes[0], generator=torch.Generator().manual_seed(0))
-        taken = take_form(folded, (target.format, form), example, batched=batched)
+        taken = take_form(folded, (target.format, form), example, batched=batched, names=model.output_names)
     return (folded, PLAIN) if taken is None else (taken, form)
 
 
 def check_form_fits(model: LoadedModel, folded: nn.Module, form: str) -> None:
-    """Raises UsageError where a form that was asked for could not be had, or not for every MobileViT block."""
+    """Raises UsageError if a requested form is not possible, or not for every MobileViT block."""
     standard, count = count_blocks(folded)
+    blocks = f"{titles(having='forms')} blocks"
     if len(model.input_shapes) > 1:
-        raise UsageError(f"--form {form} takes one image size; leave it out")
+        raise UsageError(f"--form {form} needs a single image size; leave it out")
     if count == 0:
-        raise UsageError(f"--form {form} needs MobileViT blocks, {model.info.name} has none; leave it out")
+        raise UsageError(f"--form {form} needs {blocks}, {model.info.name} has none; leave it out")
     if standard < count:
         raise UsageError(
-            f"--form {form}: {count - standard} of {count} MobileViT blocks have a part that was replaced, or a "
+            f"--form {form}: {count - standard} of {count} {blocks} have a part that was replaced, or a "
             "BatchNorm that could not be folded, and would keep their form; leave it out"
         )
 
@@ -200,13 +195,13 @@ def check_form_fits(model: LoadedModel, folded: nn.Module, form: str) -> None:
 def find_calibration(
     model: LoadedModel, targets: Sequence[Target], path: str | Path | None, method: str
 ) -> Calibration | None:
-    """Open what static targets calibrate on, and read it once, so that bad data is told before any work.
+    """Open the calibration data of static targets and read it once, so that bad data is reported before any work.
 
-    Others that lose bits need none, and are checked on its pictures where it is given.
+    Other targets that lose bits need none; where it is given, they are checked on its pictures.
     """
-    if path is not None and all(target.precision in FULL for target in targets):
+    if path is not None and all(target.precision_row.full for target in targets):
         raise UsageError(f"--calibration is for precisions that lose bits, not for {', '.join(FULL)}; leave it out")
-    if path is None and not any(target.precision in CALIBRATED for target in targets):
+    if path is None and not any(target.precision_row.calibrated for target in targets):
         return None
     found = open_calibration(
         path, method=method, preprocessing=model.preprocessing, size=model.input_shapes[0][2:4],  # type: ignore[arg-type]
@@ -218,13 +213,13 @@ def find_calibration(
 
 @dataclass(frozen=True)
 class Convert:
-    """One call of a converter; gives how the graph was captured. May happen in another process."""
+    """One call of a converter; returns how the graph was captured. May run in another process."""
 
     conversion: Conversion
     file: Path
 
     def __call__(self) -> str:
-        converter = importlib.import_module(CONVERTERS[self.conversion.target.format])
+        converter = importlib.import_module(self.conversion.target.row.converter)
         with conversion_errors(self.conversion.target), no_collection():
             capture: str = converter.convert(self.conversion, self.file)
         return capture
@@ -236,18 +231,18 @@ class Judge:
 
     artifact: Artifact
 
-    def __call__(self) -> list[parity.ParityResult]:
+    def __call__(self) -> list[ParityResult]:
         return parity.judge(self.artifact)
 
 
 def make_result(
     conversion: Conversion, place: Path, *, overwrite: bool, verify: bool, on_step: OnStep | None
 ) -> Work[ExportResult]:
-    """All of one target, as tasks that another process may do and what remains with this one."""
+    """All the work on one target: tasks that another process may do, and what this one does itself."""
     target, tell = conversion.target, on_step or (lambda *_: None)
     tell(target, "convert")
     artifact = yield from write_artifact(conversion, place, overwrite=overwrite)
-    verdicts: list[parity.ParityResult] = []
+    verdicts: list[ParityResult] = []
     if verify:
         tell(target, "verify")
         found = yield Judge(artifact)
@@ -259,8 +254,8 @@ def make_result(
 def write_artifact(conversion: Conversion, place: Path, *, overwrite: bool) -> Work[Artifact]:
     """Convert, describe, hash and move into place. Only the converter's call is a task.
 
-    It is not given the model itself: what it says of the model (the manifest, the golden vectors) it could not vouch
-    for.
+    The task does not get the model itself: it could not vouch for what it says about it (the manifest, the golden
+    vectors).
     """
     model, target = conversion.model, conversion.target
     tools = {name: importlib.metadata.version(name) for name in target.packages}
@@ -295,7 +290,7 @@ def draft_manifest(model: LoadedModel, target: Target, tools: dict[str, str]) ->
 
 
 def input_spec(model: LoadedModel, target: Target) -> TensorSpec:
-    """`image`, with every shape where there are several; the first one leads."""
+    """`image`, with every shape if there are several; the first one is the main one."""
     shapes = model.input_shapes
     if target.input == "image":
         shapes = tuple((shape[0], *shape[2:], shape[1]) for shape in shapes)
@@ -304,8 +299,8 @@ def input_spec(model: LoadedModel, target: Target) -> TensorSpec:
 
 
 def output_specs(model: LoadedModel, target: Target) -> tuple[TensorSpec, ...]:
-    """The outputs as the model itself gives them for each input shape."""
-    reference = open_torch(model.module)
+    """The outputs that the model itself returns for each input shape."""
+    reference = open_torch(model)
     runs = [reference.run(np.zeros(shape, np.float32)) for shape in model.input_shapes]
     return tuple(
         tensor_spec(name, tuple(run[name].shape for run in runs), target, "float32", "NC" if array.ndim == 2 else "")
@@ -320,7 +315,7 @@ def tensor_spec(name: str, shapes: Sequence[tuple[int, ...]], target: Target, dt
 
 
 def describe_quantization(conversion: Conversion) -> dict[str, Any] | None:
-    """What the manifest says of a quantized file: the whole recipe, and what the ranges were learned from."""
+    """What the manifest says about a quantized file: the whole recipe, and what the ranges were learned from."""
     if conversion.recipe is None and conversion.calibration is None:
         return None
     return {
@@ -330,7 +325,7 @@ def describe_quantization(conversion: Conversion) -> dict[str, Any] | None:
 
 
 def calibration_cases(conversion: Conversion, manifest: Manifest) -> list[Case]:
-    """Some of the calibration's inputs, evenly over all of them; each in a batch with those after it, if there are."""
+    """Some of the calibration's inputs, evenly spaced; a larger batch is filled up with those that follow."""
     assert conversion.calibration is not None
     step = max(1, conversion.calibration.count // GOLDEN_SAMPLES)
     singles = list(itertools.islice(conversion.calibration_inputs(), 0, step * GOLDEN_SAMPLES, step))
@@ -342,7 +337,7 @@ def calibration_cases(conversion: Conversion, manifest: Manifest) -> list[Case]:
 
 def golden_vectors(conversion: Conversion, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
     """A few of the parity inputs with the fp32 reference outputs."""
-    reference = open_torch(conversion.model.module)
+    reference = open_torch(conversion.model)
     if conversion.calibration is not None:
         samples = calibration_cases(conversion, manifest)
         return {case.name: {INPUT_NAME: case.artifact_input, **reference.run(case.model_input)} for case in samples}
@@ -375,11 +370,11 @@ def file_metadata(manifest: Manifest) -> dict[str, str]:
 
 @contextmanager
 def conversion_errors(target: Target) -> Iterator[None]:
-    """One line for whatever a converter raises, and silence for what it prints (shown with -v)."""
+    """One line for whatever a converter raises."""
     try:
         yield
     except MvitExportError:
         raise
     except Exception as error:
-        what = f"{FORMATS[target.format].title} {target.precision}: the converter failed"
+        what = f"{target.row.title} {target.precision}: the converter failed"
         raise ConversionError(f"{what}: {first_line(error)}; -v shows more") from error

@@ -1,11 +1,11 @@
-"""Scikit-learn's handwritten digits as pictures of 64x64 RGB, and the split that our trained checkpoint knows.
+"""Scikit-learn's handwritten digits as 64x64 RGB pictures, and the split that our trained checkpoint uses.
 
     python examples/digits.py held_out.npz             # the 454 held-out pictures and their labels in one file
     python examples/digits.py digits/val               # the same as PNGs, digits/val/CLASS/INDEX.png
     python examples/digits.py --part train digits/train
 
-The split, by `mvit_export.datasets.hold_out`: example i of `load_digits` is named str(i); within each digit, examples
-stand in the order of sha256("0 i"), and the first quarter (rounded up) is held out. Needs scikit-learn, no torch.
+The split, by `mvit_export.data.folders.hold_out`: example i of `load_digits` is named str(i); within each digit,
+examples are sorted by sha256("0 i"), and the first quarter (rounded up) is held out. Needs scikit-learn, but not torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mvit_export.datasets import hold_out
+from mvit_export.data.folders import hold_out
 from mvit_export.errors import require
-from mvit_export.files import write_whole
+from mvit_export.system.files import write_whole
 
 CLASSES = tuple("0123456789")
 SIDE = 64  # pixels; the source has 8
@@ -36,7 +36,7 @@ def training() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load(part: str) -> tuple[np.ndarray, np.ndarray]:
-    """`part` is "train" or "val"; in the order of their indices."""
+    """`part` is "train" or "val"; pictures come in the order of their indices."""
     small, labels, chosen = source(part)
     return upscale(small[chosen]), labels[chosen]
 
@@ -53,7 +53,7 @@ def source(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def upscale(small: np.ndarray) -> np.ndarray:
     """(N, 8, 8) of 0 to 16 -> uint8 (N, 64, 64, 3), bilinear with half-pixel centres, grey in all three channels.
 
-    In whole numbers, so that every machine gets the same bytes: weights are sixteenths, since the factor is 8.
+    In integers, so that every machine gets the same bytes: weights are sixteenths, since the factor is 8.
     """
     position = 2 * np.arange(SIDE) - 7  # centre of each new pixel in sixteenths of an old one
     left, right = position // 16, position % 16
@@ -86,7 +86,7 @@ def write_image_folder(folder: str | Path, part: str = "val") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the handwritten digits as files.")
-    parser.add_argument("out", type=Path, help="FILE.npz, or a folder for PNGs in one folder a class")
+    parser.add_argument("out", type=Path, help="FILE.npz, or a folder for PNGs in one folder per class")
     parser.add_argument("--part", choices=("train", "val"), default="val", help="val: the held-out ones (default)")
     arguments = parser.parse_args()
     write = write_npz if arguments.out.suffix == ".npz" else write_image_folder

@@ -5,12 +5,12 @@
         --image-size 256 --sizes 160,192,224,256,288,320 --batch 8
     mvit-export --to all --weights digits.safetensors                         # preprocessing and labels are inside
 
---data takes FOLDER/CLASS/PICTURE, of which a quarter is held out (`mvit_export.datasets.hold_out`), or FOLDER/train and
-FOLDER/val, each of that form. The recipe is the paper's: AdamW, warm-up and cosine, label smoothing, an average of the
-weights, and a sampler that draws another image size for each step; gradients are clipped.
+--data takes FOLDER/CLASS/PICTURE, of which a quarter is held out (`mvit_export.data.folders.hold_out`), or FOLDER/train
+and FOLDER/val, each of that form. The recipe is the paper's: AdamW, warm-up and cosine, label smoothing, an average of
+the weights, and a sampler that draws an image size for each step; gradients are clipped.
 
-After `kill -9`, the same command goes on where the last save was, and on the same number of threads ends with the same
-bits: everything random here is a function of --seed, epoch and step, so that there is no generator whose state could be
+After `kill -9`, the same command resumes from the last save, and with the same number of threads ends with the same
+bits: everything random here is a function of --seed, epoch and step, so there is no generator whose state could be
 lost. The last line on stdout is JSON; progress goes to stderr.
 """
 
@@ -40,16 +40,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import digits
-from mvit_export.datasets import ImageFolder, hold_out, read_image_folder
+from mvit_export.data.folders import ImageFolder, hold_out, read_image_folder
+from mvit_export.data.pictures import ArrayPictures, FolderPictures, Pictures, UnreadablePicture
+from mvit_export.data.preprocessing import Preprocessing, Size, to_tensor
 from mvit_export.errors import MvitExportError, UsageError, WeightsError
-from mvit_export.files import remove_leftovers, write_whole
-from mvit_export.formats import parse_size
-from mvit_export.models.mobilevit import VARIANTS, MobileViT
-from mvit_export.pictures import ArrayPictures, FolderPictures, Pictures, UnreadablePicture
-from mvit_export.preprocessing import Preprocessing, Size, to_tensor
-from mvit_export.weights import load_weights, save_weights
+from mvit_export.families.mobilevit.network import VARIANTS, MobileViT
+from mvit_export.families.mobilevit.weights import load_weights, save_weights
+from mvit_export.formats.choices import parse_size
+from mvit_export.system.files import remove_leftovers, write_whole
 
-# What the options are, and what they are by default. Those in FREE may change between a kill and the resumption.
+# The options and their defaults. Those in FREE may change between a kill and the resumption.
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ class Settings:
 
 FREE = ("out", "half", "threads", "save_every")
 HELP = {
-    "out": "the safetensors file to write; OUT.training.pt stands beside it until the end",
+    "out": "the safetensors file to write; OUT.training.pt lies beside it until the end",
     "data": "folder of class folders, or of train/ and val/ (default: the digits)",
-    "init": "weights to start from, anything that mvit-export takes for --weights (default: from scratch)",
+    "init": "weights to start from, anything that mvit-export accepts as --weights (default: from scratch)",
     "variant": f"{', '.join(VARIANTS)}; with --init, that of the file",
     "image_size": "N or HxW, the size to evaluate at and to export for",
-    "sizes": "sizes to train at, multiples of 32 with commas",
-    "batch": "pictures a step at the largest size; smaller sizes take more, so that a step's work is level",
+    "sizes": "sizes to train at, multiples of 32 separated by commas",
+    "batch": "pictures per step at the largest size; more at smaller sizes, so that every step is equal work",
     "epochs": "how often each picture is seen",
     "lr": "highest learning rate",
-    "clip": "longest gradient, by its norm; without a limit, single steps throw the training back",
+    "clip": "largest norm of the gradient; without a limit, single steps throw the training back",
     "warmup": "share of the training in which the learning rate rises",
     "weight_decay": "of matrices and kernels; biases and norms have none",
     "smoothing": "label smoothing",
@@ -175,7 +175,7 @@ class Part:
         try:
             return self.pictures.read(index, preprocessing)
         except UnreadablePicture as error:
-            raise UnreadablePicture(f"{error}: mend the picture or take it out") from error
+            raise UnreadablePicture(f"{error}: repair the picture or remove it") from error
 
     def digest(self) -> str:
         text = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
@@ -190,7 +190,7 @@ class Dataset:
 
 
 def load_dataset(data: Path | None) -> Dataset:
-    """The digits for None. Raises UsageError where a class has nothing to train on."""
+    """The digits for None. Raises UsageError if a class has nothing to train on."""
     dataset = load_digits() if data is None else load_folder(data)
     if len(dataset.classes) < 2:
         raise UsageError(f"{data}: one class only ({dataset.classes[0]}), expected at least two class folders")
@@ -231,7 +231,7 @@ def choose(found: ImageFolder, mask: np.ndarray) -> Part:
 
 
 def jitter(picture: np.ndarray, turn: float, scale: float, shift: tuple[float, float], mirror: bool) -> np.ndarray:
-    """Turn (degrees), scale and shift (shares of the size) about the centre; uint8 (H, W, 3), black from outside."""
+    """Turn (degrees), scale and shift (shares of the size) about the centre; uint8 (H, W, 3), black outside."""
     height, width = picture.shape[:2]
     x, y = width / 2, height / 2  # Pillow counts from the corner, pixel centres at .5
     cos, sin = math.cos(math.radians(turn)) / scale, math.sin(math.radians(turn)) / scale
@@ -251,10 +251,10 @@ class Step:
 
 
 def plan_epoch(count: int, sizes: Sequence[Size], batch: int, rng: np.random.Generator) -> list[Step]:
-    """Every index below `count` once, in steps of random sizes whose batches make the work level.
+    """Every index below `count` once, in steps of random sizes whose batches make the work equal.
 
     The paper's b_t = H_n * W_n * b / (H_t * W_t), with (H_n, W_n) the largest size and b its batch. Steps are drawn
-    until they hold all pictures; what the last one has too much is taken from all of them, in proportion, since a short
+    until they hold all pictures; the excess of the last one is taken from all of them, in proportion, since a short
     last step would be unlike the others and BatchNorm cannot train on one picture.
     """
     largest = max(height * width for height, width in sizes)
@@ -273,7 +273,7 @@ def plan_epoch(count: int, sizes: Sequence[Size], batch: int, rng: np.random.Gen
 
 
 def build_model(settings: Settings, classes: int) -> tuple[MobileViT, Preprocessing]:
-    """From scratch, or from `init`; a classifier for other classes than ours is replaced by a fresh one."""
+    """From scratch, or from `init`; a classifier for another number of classes is replaced by a fresh one."""
     torch.manual_seed(settings.seed)
     if settings.init is None:
         model = MobileViT(replace(VARIANTS[settings.variant], num_classes=classes))
@@ -346,7 +346,7 @@ class Training:
     def learn(self, step: Step, steps: int) -> None:
         """One step of the optimizer."""
         rng = np.random.default_rng((self.settings.seed, self.epoch, 1 + self.step))
-        torch.manual_seed(int(rng.integers(2**62)))  # of dropout
+        torch.manual_seed(int(rng.integers(2**62)))  # for dropout
         images, labels = self.batch(step, rng)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate((self.epoch + self.step / steps) / self.settings.epochs, self.settings)
@@ -377,7 +377,7 @@ class Training:
         images = to_tensor(np.stack(list(self.pool.map(load, range(count)))), preprocessing)
         return torch.from_numpy(images), torch.from_numpy(self.part.labels[step.indices])
 
-    # Saving and going on
+    # Saving and resuming
 
     def identity(self) -> dict[str, str]:
         """What must be the same for a saved run to be this one."""
@@ -392,14 +392,14 @@ class Training:
         write_whole(self.file, content.getvalue())
 
     def resume(self) -> bool:
-        """Take up a run that was killed; False where there is none. Raises WeightsError if it was another run."""
+        """Resume a run that was killed; False if there is none. Raises WeightsError if it was a different run."""
         remove_leftovers(self.file)
         if not self.file.exists():
             return False
         try:
             state = torch.load(self.file, weights_only=True)
         except Exception as error:  # torch raises anything on damaged files
-            raise WeightsError(f"{self.file}: damaged, delete it to start anew ({type(error).__name__})") from error
+            raise WeightsError(f"{self.file}: damaged, delete it to start over ({type(error).__name__})") from error
         self.compare(state["identity"])
         for name in ("epoch", "step", "steps", "losses"):
             setattr(self, name, state[name])
@@ -411,7 +411,7 @@ class Training:
         for name, ours in self.identity().items():
             if saved.get(name) != ours:
                 what = "other pictures" if name == "data" else f"--{name.replace('_', '-')} {saved.get(name)}"
-                advice = "give the same options to go on, or delete it to start anew"
+                advice = "give the same options to resume it, or delete it to start over"
                 raise WeightsError(f"{self.file}: an unfinished run with {what}: {advice}")
 
 
@@ -420,7 +420,7 @@ class Training:
 
 @torch.no_grad()
 def predict(weights: Path, part: Part, *, batch: int = 64) -> np.ndarray:
-    """Logits (N, classes) of a saved network, by the preprocessing in its file."""
+    """Logits (N, classes) of a saved network, with the preprocessing in its file."""
     found = load_weights(str(weights))
     model = MobileViT(found.config).eval()
     model.load_state_dict(dict(found.state))
@@ -436,7 +436,7 @@ def top1(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(axis=1) == labels).mean())
 
 
-# The whole
+# The whole run
 
 
 def finetune(settings: Settings) -> dict[str, Any]:
@@ -490,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"finetune_digits.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("finetune_digits.py: stopped; the same command goes on from the last save", file=sys.stderr)
+        print("finetune_digits.py: stopped; the same command resumes from the last save", file=sys.stderr)
         sys.exit(130)
 
 

@@ -14,15 +14,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mvit_export.checks.accuracy import evaluate
+    from mvit_export.checks.parity import verify
     from mvit_export.converters.export import ExportResult, export
+    from mvit_export.data.preprocessing import Preprocessing
     from mvit_export.errors import MvitExportError
-    from mvit_export.evaluation import evaluate
-    from mvit_export.models.load import LoadedModel, load_model
-    from mvit_export.parity import ParityResult, verify
-    from mvit_export.preprocessing import Preprocessing
-    from mvit_export.weights import save_weights
+    from mvit_export.families.load import load_model
+    from mvit_export.families.mobilevit.weights import save_weights
+    from mvit_export.models.loaded import LoadedModel
+    from mvit_export.results.parity import ParityResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ExportResult",
     "LoadedModel",
@@ -38,15 +40,15 @@ __all__ = [
 
 _HOMES = {
     "ExportResult": "converters.export",
-    "LoadedModel": "models.load",
+    "LoadedModel": "models.loaded",
     "MvitExportError": "errors",
-    "ParityResult": "parity",
-    "Preprocessing": "preprocessing",
-    "evaluate": "evaluation",
+    "ParityResult": "results.parity",
+    "Preprocessing": "data.preprocessing",
+    "evaluate": "checks.accuracy",
     "export": "converters.export",
-    "load_model": "models.load",
-    "save_weights": "weights",
-    "verify": "parity",
+    "load_model": "families.load",
+    "save_weights": "families.mobilevit.weights",
+    "verify": "checks.parity",
 }
 
 

@@ -1,4 +1,4 @@
-from mvit_export.cli import main
+from mvit_export.cli.main import main
 
 if __name__ == "__main__":
     main()

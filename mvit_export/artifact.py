@@ -15,21 +15,25 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mvit_export.data.preprocessing import Preprocessing, Size
 from mvit_export.errors import ArtifactError, UsageError
-from mvit_export.files import write_whole
-from mvit_export.formats import FORMATS, PLAIN, Target
-from mvit_export.preprocessing import Preprocessing
+from mvit_export.formats.base import PLAIN
+from mvit_export.formats.table import FORMATS
+from mvit_export.formats.targets import Target
+from mvit_export.system.files import write_whole
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
+# A model's settings, as its family needs them. Always written, null if the model has none; other names are ignored.
+SETTINGS = ("patch_config", "output_stride")
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,13 @@ class TensorSpec:
     name: str
     shape: tuple[int | None, ...]
     dtype: str  # numpy's name
-    layout: str  # NCHW, NHWC, NC or "" where the axes have no names
-    enumerated: tuple[tuple[int, ...], ...] = ()  # all shapes where the file takes several, `shape` among them
+    layout: str  # NCHW, NHWC, NC or "" if the axes have no names
+    enumerated: tuple[tuple[int, ...], ...] = ()  # all shapes if the file accepts several, including `shape`
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the network is. `source` is how to build it again: a variant's name, `FILE.py:FACTORY` or `timm:NAME`."""
+    """What the network is. `source` says how to rebuild it: a variant's name, `FILE.py:FACTORY` or `timm:NAME`."""
 
     name: str
     source: str
@@ -54,14 +58,23 @@ class ModelInfo:
     macs: int
     variant: str | None = None
     num_classes: int | None = None
-    patch_config: str | None = None
-    output_stride: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of its family, e.g. patch_config
     labels: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        settings, labels = data.pop("settings"), data.pop("labels")
+        return {**data, **dict.fromkeys(SETTINGS), **settings, "labels": labels}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
+        settings = {name: data[name] for name in SETTINGS if data.get(name) is not None}
+        return replace(_record(cls, data), settings=settings)
 
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """Where the numbers came from. `sha256` is the weights file's, `state_sha256` that of the tensors themselves."""
+    """Where the weights came from. `sha256` is that of the weights file, `state_sha256` that of the tensors."""
 
     source: str | None
     family: str | None
@@ -91,13 +104,13 @@ class Manifest:
     format: str
     precision: str
     target: Target
-    capture: str  # how the graph was taken: torch.export or torch.jit.trace
+    capture: str  # how the graph was captured: torch.export or torch.jit.trace
     files: tuple[FileInfo, ...]
     tools: Mapping[str, str]
     created: str
     schema_version: int = SCHEMA_VERSION
-    quantization: Mapping[str, Any] | None = None  # recipe and calibration, where the precision takes them
-    form: str = PLAIN  # how the network's blocks are written, see converters/forms
+    quantization: Mapping[str, Any] | None = None  # recipe and calibration, if the precision uses them
+    form: str = PLAIN  # how the network's blocks are written, see families/mobilevit/forms
     tuning: Mapping[str, Any] | None = None  # what `tune --latency` measured before it chose this form
 
     @property
@@ -106,13 +119,13 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        return {"schema_version": data.pop("schema_version"), **data}
+        return {"schema_version": data.pop("schema_version"), **data, "model": self.model.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
-        """Rebuild from `to_json`'s dict. Raises KeyError or TypeError where a field is missing or malformed."""
+        """Rebuild from `to_json`'s dict. Raises KeyError or TypeError if a field is missing or malformed."""
         return cls(
-            model=_record(ModelInfo, data["model"]),
+            model=ModelInfo.from_json(data["model"]),
             weights=_record(WeightsInfo, data["weights"]),
             preprocessing=Preprocessing.from_json(data["preprocessing"]) if data["preprocessing"] else None,
             inputs=tuple(_record(TensorSpec, spec) for spec in data["inputs"]),
@@ -129,6 +142,14 @@ class Manifest:
             form=data.get("form", PLAIN),
             tuning=data.get("tuning"),
         )
+
+
+def image_size(shape: tuple[int | None, ...], spec: TensorSpec) -> Size:
+    """Height and width of an image input of `shape`, laid out as `spec` says."""
+    height, width = shape[1:3] if spec.layout == "NHWC" else shape[2:4]
+    assert height is not None
+    assert width is not None
+    return height, width
 
 
 def _record(cls: type, data: Mapping[str, Any]) -> Any:
@@ -155,7 +176,7 @@ class Artifact:
 
     @property
     def model_bytes(self) -> int:
-        """Size of the model alone, golden vectors not counted."""
+        """Size of the model without golden vectors."""
         return sum(info.bytes for info in self.manifest.files if info.path != GOLDEN)
 
 
@@ -168,7 +189,7 @@ def sha256_file(path: Path) -> str:
 
 
 def hash_files(directory: Path) -> tuple[FileInfo, ...]:
-    """Every file below `directory` in the order of their names."""
+    """Every file below `directory`, sorted by name."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     return tuple(FileInfo(p.relative_to(directory).as_posix(), sha256_file(p), p.stat().st_size) for p in paths)
 
@@ -183,7 +204,7 @@ def now() -> str:
 def read_artifact(path: Path) -> Artifact:
     """Open the artifact directory `path` and check every file against the manifest's hashes.
 
-    Raises ArtifactError where the manifest is unreadable or newer, or a file is missing or changed.
+    Raises ArtifactError if the manifest is unreadable or newer, or a file is missing or changed.
     """
     manifest = read_manifest(path)
     for info in manifest.files:
@@ -221,12 +242,12 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.from_json(data)
         _check_values(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
-        raise ArtifactError(f"{file} is no valid manifest ({error!r}); export again with --overwrite") from error
+        raise ArtifactError(f"{file} is not a valid manifest ({error!r}); export again with --overwrite") from error
     return manifest
 
 
 def _check_values(manifest: Manifest) -> None:
-    """What a reader relies on; raises KeyError or ValueError."""
+    """Check what readers rely on. Raises KeyError or ValueError."""
     if manifest.precision not in FORMATS[manifest.format].precisions:
         raise ValueError(f"precision {manifest.precision!r}")
     if (manifest.format, manifest.precision) != (manifest.target.format, manifest.target.precision):
@@ -247,12 +268,12 @@ def _check_values(manifest: Manifest) -> None:
 
 
 def find_artifacts(path: str | Path) -> tuple[Path, ...]:
-    """Artifact directories meant by `path`: one, a directory of them at any depth, or a model file inside one."""
+    """Artifact directories that `path` refers to: one, a directory of them at any depth, or a model file inside one."""
     path = Path(path)
     if not os.path.exists(path):
         raise ArtifactError(f"{path} does not exist, expected an artifact directory; mvit-export --to … makes one")
     for folder in (path, path.parent):
-        # By listing: where case does not count, a lookup would find the Manifest.json inside every .mlpackage.
+        # Listed, because a lookup that ignores case would find the Manifest.json inside every .mlpackage.
         if folder.is_dir() and MANIFEST in os.listdir(folder):
             return (folder,)
     found = tuple(_walk_artifacts(path)) if path.is_dir() else ()
@@ -285,7 +306,7 @@ def save_golden(path: Path, cases: Mapping[str, Mapping[str, np.ndarray]]) -> No
 
 
 def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
-    """Read what `save_golden` wrote, in the same order; every case holds all inputs and outputs."""
+    """Read what `save_golden` wrote, in the same order; every case has all inputs and outputs."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -307,7 +328,7 @@ def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
 
 
 def record_name(kind: str, device: str = "local") -> str:
-    """`parity.json` is this machine's, `parity.ssh-pi.json` that of ssh:pi: neither replaces the other."""
+    """`parity.json` for this machine, `parity.ssh-pi.json` for ssh:pi: neither replaces the other."""
     return f"{kind}.json" if device == "local" else f"{kind}.{re.sub(r'[^A-Za-z0-9.]+', '-', device).strip('-.')}.json"
 
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mvit_export.errors import RuntimeUnavailable
-from mvit_export.formats import FORMATS
-from mvit_export.runtimes import litert_runtime
+from mvit_export.formats.table import FORMATS
+from mvit_export.readers.tflite import litert_runtime
 
 
 @dataclass(frozen=True)

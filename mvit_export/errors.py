@@ -20,7 +20,7 @@ from types import ModuleType
 
 
 class MvitExportError(Exception):
-    """Base of all errors that a user can cause or mend."""
+    """Base of all errors that a user can cause or fix."""
 
 
 class UsageError(MvitExportError):
@@ -28,7 +28,7 @@ class UsageError(MvitExportError):
 
 
 class MissingDependencyError(MvitExportError):
-    """An optional package is needed and absent."""
+    """An optional package is needed but not installed."""
 
 
 class WeightsError(MvitExportError):
@@ -40,7 +40,7 @@ class HubError(MvitExportError):
 
 
 class ModelError(MvitExportError):
-    """A model source (`FILE.py:FACTORY`, `timm:NAME`) gave no usable module."""
+    """A model source (`FILE.py:FACTORY`, `timm:NAME`) did not produce a usable module."""
 
 
 class ConversionError(MvitExportError):
@@ -60,19 +60,19 @@ class RuntimeUnavailable(MvitExportError):
 
 
 def printable(text: str, limit: int = 100) -> str:
-    """Text from a file or another library, fit for one line: it can hold anything."""
+    """Text from a file or another library, which may contain anything, made fit for one line."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours
     return "".join(c if c.isprintable() else "?" for c in plain[:limit])
 
 
 def first_line(error: BaseException) -> str:
-    """The message of `error` cut to one line; the name of its class where it has none."""
+    """The message of `error` cut to one line; the name of its class if it has none."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return printable(lines[0].strip(), 300) if lines else type(error).__name__
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import `module`, or say which extra brings it. `purpose` reads after "needed ", e.g. "to write ONNX files"."""
+    """Import `module`, or say which extra provides it. `purpose` reads after "needed ", e.g. "to write ONNX files"."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

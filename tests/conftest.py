@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -16,10 +20,11 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from command_server import CommandServer
 from filelock import FileLock
 
 from mvit_export.artifact import write_json
-from mvit_export.formats import plan_targets
+from mvit_export.formats.targets import plan_targets
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -36,6 +41,24 @@ TARGETS = [(fmt, precision) for fmt in ("coreml", "onnx", "tflite") for precisio
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # so that sums repeat
+    let_children_be_interrupted()
+
+
+def let_children_be_interrupted() -> None:
+    """`nohup make test &` ignores SIGHUP and SIGINT, and what is ignored is inherited; a handler is not.
+
+    So the tests go on being deaf to them, while the processes that they start and interrupt are not.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """coremltools searches for garbage at every conversion, which takes long if torch is part of the search."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -51,8 +74,23 @@ class Finished:
         return json.loads(self.out)
 
 
+@functools.cache
+def command_server() -> CommandServer:
+    """Started when it is first used; one for each worker."""
+    server = CommandServer()
+    atexit.register(server.close)
+    return server
+
+
 def run_cli(*args: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> Finished:
-    """`python -m mvit_export ARGS` in a process of its own."""
+    """`mvit-export ARGS` in a process of its own, whose imports are made already."""
+    if any(name.startswith("PYTHON") for name in env or ()):  # which is for an interpreter that starts
+        return run_module(*args, cwd=cwd, env=env)
+    return Finished(*command_server().run([*map(str, args)], cwd=cwd or Path.cwd(), env={**os.environ, **(env or {})}))
+
+
+def run_module(*args: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> Finished:
+    """`python -m mvit_export ARGS` from the start."""
     command = [sys.executable, "-m", "mvit_export", *map(str, args)]
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=600

@@ -1,5 +1,5 @@
 """What several test modules share."""
 
-from mvit_export.benchmarks.random_weights import randomize
+from mvit_export.benchmarks.tables.random_weights import randomize
 
 __all__ = ["randomize"]

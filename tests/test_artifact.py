@@ -34,9 +34,9 @@ from mvit_export.artifact import (
     save_golden,
     write_json,
 )
+from mvit_export.data.preprocessing import Preprocessing
 from mvit_export.errors import ArtifactError
-from mvit_export.formats import Target
-from mvit_export.preprocessing import Preprocessing
+from mvit_export.formats.targets import Target
 
 MANIFEST = Manifest(
     model=ModelInfo("net", "xxs", "image-classification", 12, 34, variant="xxs", num_classes=3, labels=("a", "b", "ü")),
@@ -258,7 +258,7 @@ DAMAGES = [
     (lambda p: (p / GOLDEN).unlink(), GOLDEN, "is missing but listed in manifest.json"),
     (list_outside, "manifest.json", "lists '../secret', which lies outside the artifact"),
     (list_absolute, "manifest.json", "lists '/"),
-    (name_model_outside, "manifest.json", "is no valid manifest (ValueError(\"name '../other'\"))"),
+    (name_model_outside, "manifest.json", "is not a valid manifest (ValueError(\"name '../other'\"))"),
     (list_no_model, "manifest.json", "lists no net.onnx"),
     (rewrite(""), "manifest.json", "cannot be read (Expecting value"),
     (rewrite("<html>"), "manifest.json", "cannot be read (Expecting value"),
@@ -267,15 +267,15 @@ DAMAGES = [
     (rewrite("[]"), "manifest.json", "has schema_version None, expected 1"),
     (rewrite("{}"), "manifest.json", "has schema_version None, expected 1"),
     (edit("schema_version", 2), "manifest.json", "has schema_version 2, expected 1; export again, or update"),
-    (edit("files", None), "manifest.json", "is no valid manifest (KeyError('files'))"),
-    (edit("model", "xxs"), "manifest.json", "is no valid manifest ("),
-    (edit("model", {"name": "net"}), "manifest.json", "is no valid manifest ("),
-    (edit("inputs", 5), "manifest.json", "is no valid manifest ("),
-    (edit("inputs", []), "manifest.json", "is no valid manifest ("),
-    (edit("files", [{"path": 5, "sha256": "", "bytes": 0}]), "manifest.json", "is no valid manifest ("),
-    (edit("format", "tensorrt"), "manifest.json", "is no valid manifest (KeyError('tensorrt'))"),
-    (edit("precision", "fp7"), "manifest.json", "is no valid manifest ("),
-    (edit("preprocessing", {"channel_order": "GBR"}), "manifest.json", "is no valid manifest ("),
+    (edit("files", None), "manifest.json", "is not a valid manifest (KeyError('files'))"),
+    (edit("model", "xxs"), "manifest.json", "is not a valid manifest ("),
+    (edit("model", {"name": "net"}), "manifest.json", "is not a valid manifest ("),
+    (edit("inputs", 5), "manifest.json", "is not a valid manifest ("),
+    (edit("inputs", []), "manifest.json", "is not a valid manifest ("),
+    (edit("files", [{"path": 5, "sha256": "", "bytes": 0}]), "manifest.json", "is not a valid manifest ("),
+    (edit("format", "tensorrt"), "manifest.json", "is not a valid manifest (KeyError('tensorrt'))"),
+    (edit("precision", "fp7"), "manifest.json", "is not a valid manifest ("),
+    (edit("preprocessing", {"channel_order": "GBR"}), "manifest.json", "is not a valid manifest ("),
 ]
 
 

@@ -1,9 +1,9 @@
-"""A MobileViT small enough for many quick tests, as a user's own model file (`--model tests/tiny.py:tiny`)."""
+"""A MobileViT, small for many quick tests; a user's own model file (`--model tests/tiny.py:tiny`)."""
 
 from helpers import randomize  # a neighbour: the folder of a model file is on the path
 
-from mvit_export.models.mobilevit import MobileViT, MobileViTConfig
-from mvit_export.preprocessing import Preprocessing
+from mvit_export.data.preprocessing import Preprocessing
+from mvit_export.families.mobilevit.network import MobileViT, MobileViTConfig
 
 CONFIG = MobileViTConfig(
     stem=8, stages=(8, 8, 16, 16, 16), widths=(16, 16, 16), head=32, expansion=2, dropout=0.0, num_classes=10

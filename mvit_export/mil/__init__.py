@@ -5,7 +5,7 @@
     outputs = program(image=array)
 
 `executor.py` runs, `package.py` and `blob.py` read, `ops/` is the table of ops, `report.py` the tensor statistics,
-`modules.py` the way back to PyTorch modules.
+`modules.py` leads back to PyTorch modules.
 """
 
 from mvit_export.mil.errors import ExecutionError, UnsupportedOpError

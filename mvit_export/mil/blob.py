@@ -6,8 +6,8 @@ The layout is that of coremltools' open storage format (mlmodel/src/MILBlob/Blob
     ..  64 bytes   metadata of one entry, where a reference's offset points: u32 sentinel 0xDEADBEEF,
                    u32 data type, u64 size in bytes, u64 offset of the data, u64 padding in bits (sub-byte types)
 
-An own parser rather than coremltools' reader, because that one trusts what it reads: here every number is checked
-against the file's size before it is used.
+This has its own parser because coremltools' reader trusts what it reads: here every number is checked against the
+file's size before it is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SENTINEL = 0xDEADBEEF
 
 @dataclass(frozen=True)
 class Packing:
-    """How elements of one type lie in bytes: `bits` each, least significant first where several share a byte."""
+    """How elements of one type are packed in bytes: `bits` each, least significant first if several share a byte."""
 
     code: int  # in the blob's metadata
     bits: int
@@ -65,7 +65,7 @@ def unpack(data: np.ndarray, packing: Packing, count: int) -> np.ndarray:
 
 
 class BlobFile:
-    """One open weight blob. Raises ArtifactError for a file that is no blob of a known version."""
+    """One open weight blob. Raises ArtifactError for a file that is not a blob of a known version."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,7 +80,7 @@ class BlobFile:
             )
 
     def read(self, offset: int, dtype: str, count: int) -> np.ndarray:
-        """The entry whose metadata lies at `offset`: (count,) elements of MIL's `dtype`. ArtifactError if damaged."""
+        """The entry whose metadata is at `offset`: (count,) elements of MIL's `dtype`. ArtifactError if damaged."""
         packing = PACKINGS[dtype]
         start, size = self._locate(offset, packing)
         if size < (count * packing.bits + 7) // 8:

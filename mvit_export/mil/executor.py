@@ -5,7 +5,7 @@
     outputs = program(image=array)  # {"logits": array}
 
 Arithmetic: fp32 as written. A value that the program declares fp16 is rounded to fp16 after the op that makes it;
-inside of an op, sums run in fp32, as matrix units do that accumulate wider than they store. `accumulate="fp16"` is the
+inside an op, sums run in fp32, as in matrix units that accumulate wider than they store. `accumulate="fp16"` is the
 pessimistic case of `ops/half.py`. Subnormal fp16 numbers are kept; hardware may flush them to zero.
 """
 
@@ -33,7 +33,7 @@ ProgramState = dict[str, State]
 
 
 class Program:
-    """One function of a package, ready to run. Made by `load`. Not for several threads at once if it has state."""
+    """One function of a package, ready to run; made by `load`. Not for several threads at once if it has state."""
 
     def __init__(self, function: str, graph: Graph, inputs: dict[str, Feature], metadata: dict[str, str]) -> None:
         self.function = function
@@ -56,10 +56,10 @@ class Program:
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Any], state: ProgramState | None = None) -> dict[str, Any]:
-        """Outputs by name: arrays of the declared types; of a classifier, also a label and {label: probability}.
+        """Outputs by name: arrays of the declared types; for a classifier, also a label and {label: probability}.
 
         `inputs` are arrays of the declared shapes and types, or images (see `Feature.tensor`). An output declared as
-        image is given as the program's tensor, (1, C, H, W), not clipped to pixels. A program with state needs
+        image is returned as the program's tensor, (1, C, H, W), not clipped to pixels. A program with state needs
         `state=program.make_state()`, which the call changes. UsageError for inputs that do not fit.
         """
         slots = self._start(inputs, state)
@@ -70,7 +70,7 @@ class Program:
         return self._collect(slots)
 
     def make_state(self) -> ProgramState:
-        """Fresh state, zeros, for `run`."""
+        """Fresh state for `run`, all zeros."""
         return {
             name: State(torch.zeros([n or 1 for n in shape], dtype=HELD[dtype][1]))
             for name, (_, dtype, shape) in self._graph.states.items()
@@ -137,10 +137,10 @@ class Program:
 
 
 def load(path: str | Path, function: str | None = None, *, accumulate: Literal["fp32", "fp16"] = "fp32") -> Program:
-    """Read a `.mlpackage` and make one of its functions ready to run; `function` None takes the default one.
+    """Read a `.mlpackage` and prepare one of its functions; `function` None means the default one.
 
-    ArtifactError if the package is damaged, of another kind or of a newer version; UnsupportedOpError, one line with
-    all of them, if the program holds what is not implemented.
+    ArtifactError if the package is damaged, of another kind or of a newer version; UnsupportedOpError, one line that
+    lists everything, if the program uses what is not implemented.
     """
     if accumulate not in ("fp32", "fp16"):
         raise UsageError(f"accumulate is {accumulate!r}, expected 'fp32' or 'fp16'")
@@ -151,7 +151,7 @@ def load(path: str | Path, function: str | None = None, *, accumulate: Literal["
 
 
 def read_inputs(package: Package, function: str, graph: Graph) -> dict[str, Feature]:
-    """The declared inputs, which must be those of the program."""
+    """The declared inputs, which must match the program's."""
     description = package.spec.description
     of_function = [d for d in description.functions if d.name == function]
     declared = of_function[0].input if of_function else description.input
@@ -168,5 +168,5 @@ def module_table(package: Package) -> dict[str, str]:
     try:
         table = json.loads(package.metadata.get(MODULES_KEY, "{}"))
     except ValueError as error:
-        raise ArtifactError(f"{package.path}: metadata {MODULES_KEY} is no JSON; export it again") from error
+        raise ArtifactError(f"{package.path}: metadata {MODULES_KEY} is not JSON; export it again") from error
     return {name: printable(str(module)) for name, module in table.items()} if isinstance(table, dict) else {}

@@ -1,4 +1,4 @@
-"""Inputs as the model's description declares them: checked, and turned into the tensors that the program takes."""
+"""Inputs as the model's description declares them: checked, and converted to the program's tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLORS = {10: "GRAYSCALE", 20: "RGB", 30: "BGR", 40: "GRAYSCALE_FLOAT16"}
 
 @dataclass(frozen=True)
 class Feature:
-    """One input. `shapes` are those allowed; where `bounds` is set, any shape within them is."""
+    """One input. `shapes` are the allowed ones; if `bounds` is set, any shape within them is allowed."""
 
     name: str
     dtype: str  # of the program's input
@@ -33,9 +33,9 @@ class Feature:
     default: float | None = None  # an optional input is filled with this
 
     def tensor(self, value: Any) -> Tensor:
-        """What the program takes. UsageError, one line, if `value` does not fit the description.
+        """The program's input tensor. UsageError, one line, if `value` does not fit the description.
 
-        Arrays are given as declared. Images are PIL images or uint8 RGB arrays, (H, W, 3) or (B, H, W, 3); for a
+        Arrays must be as declared. Images are PIL images or uint8 RGB arrays, (H, W, 3) or (B, H, W, 3); for a
         grayscale input (H, W) or (B, H, W). Scale and bias are part of the program and are applied there.
         """
         array = self._pixels(value) if self.color else self._array(value)
@@ -71,7 +71,7 @@ class Feature:
     def _pixels(self, value: Any) -> np.ndarray:
         """(B, C, H, W) float32 in the channel order of the program."""
         gray = self.color not in ("RGB", "BGR")
-        if hasattr(value, "convert"):  # a PIL image, which need not be installed
+        if hasattr(value, "convert"):  # a PIL image; Pillow need not be installed
             value = value.convert("L" if gray else "RGB")
         pixels = np.asarray(value)
         floats = self.color == "GRAYSCALE_FLOAT16" and pixels.dtype.kind == "f"
@@ -91,7 +91,7 @@ def interval(low: int, high: int) -> str:
 
 
 def read_feature(description: FeatureDescription, dtype: str, shape: tuple[int | None, ...]) -> Feature:
-    """The feature of one input, `dtype` and `shape` (None: flexible) being those of the program's own input."""
+    """The feature of one input; `dtype` and `shape` (None: flexible) are those of the program's own input."""
     if description.type.WhichOneof("Type") == "imageType":
         return image_feature(description.name, description.type.imageType, dtype, shape)
     return array_feature(description, description.type.multiArrayType, dtype, shape)

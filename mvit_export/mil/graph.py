@@ -1,7 +1,7 @@
 """From a function of the specification to a list of steps that only look up slots and call.
 
-Everything that can be decided once is decided here: names become slot numbers, constants are read and compressed
-weights unfolded, attributes become Python values bound to the op's function, and each value's last use is known. What
+Everything that can be decided once is decided here: names become slot numbers, constants are read, compressed weights
+are unfolded, attributes become Python values bound to the op's function, and each value's last use is found. What
 cannot be run is collected and reported in one line, before anything runs.
 """
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Graph:
-    """A function ready to run: what stands where, and the steps in order."""
+    """A function ready to run: what is in which slot, and the steps in order."""
 
-    template: list[Any]  # one entry a slot; constants are filled in
+    template: list[Any]  # one entry per slot; constants are filled in
     inputs: dict[str, tuple[int, str, tuple[int | None, ...]]]  # slot, element type, shape
     states: dict[str, tuple[int, str, tuple[int | None, ...]]]
-    outputs: dict[str, tuple[int, str]]  # slot, element type ("" if it is no tensor)
+    outputs: dict[str, tuple[int, str]]  # slot, element type ("" if it is not a tensor)
     steps: list[Step]
 
 
 @dataclass
 class Builder:
-    """State of building one graph."""
+    """The state while building one graph."""
 
     package: Package
     name: str
@@ -88,7 +88,7 @@ class Builder:
         return inputs, states
 
     def new_slot(self, name: str | None, dtype: str, value: Any = None) -> int:
-        """Room for one value; `name` may stand for another value from here on."""
+        """A slot for one value; from here on `name` may refer to another value."""
         self.template.append(value)
         slot = len(self.template) - 1
         self.types[slot] = dtype
@@ -102,7 +102,7 @@ class Builder:
         return self.slots[name]
 
     def add(self, operation: Operation, place: str) -> None:
-        """Take in one operation: as a constant, as a step, or as a problem."""
+        """Add one operation: as a constant, as a step, or as a problem."""
         types = [tensor_type(output.type)[0] for output in operation.outputs]
         names = tuple(output.name for output in operation.outputs)
         module = next((self.modules[name] for name in names if name in self.modules), None)
@@ -128,7 +128,7 @@ class Builder:
         self.constant.add(self.new_slot(op.outputs[0], op.dtypes[0], self.reader.read(operation.attributes["val"])))
 
     def step(self, operation: Operation, op: Op) -> Step:
-        """Bind an operation's arguments to its function. UnsupportedOpError says what is in the way."""
+        """Bind an operation's arguments to its function. UnsupportedOpError says what prevents it."""
         unknown = [dtype for dtype in op.dtypes if dtype not in HELD and operation.type != "classify"]
         if operation.type not in OPS or operation.blocks:
             raise UnsupportedOpError("nested blocks" if operation.blocks else "")
@@ -169,7 +169,7 @@ class Builder:
             elif slots[0] in self.constant:
                 fixed[name] = self.python(name, p, self.template[slots[0]])
             elif p.values:
-                raise UnsupportedOpError(f"{name} is no constant")
+                raise UnsupportedOpError(f"{name} is not a constant")
             else:
                 late[name] = (slots[0], p.kind)
         reads = (*one.values(), *(s for slots in many.values() for s in slots), *(slot for slot, _ in late.values()))
@@ -185,7 +185,7 @@ class Builder:
         return value
 
     def argument(self, argument: Argument, op: Op) -> list[int]:
-        """Slots of an argument's bindings; constants written in place get slots of their own."""
+        """Slots of an argument's bindings; constants written in place get their own slots."""
         return [
             self.literal(self.reader.read(b.value))
             if b.WhichOneof("binding") == "value"
@@ -199,9 +199,9 @@ class Builder:
         return slot
 
     def fold(self, step: Step) -> None:
-        """Unfold compressed weights now; a program that compresses anything but constants is not known."""
+        """Unfold compressed weights now; no known program compresses anything but constants."""
         if not all(slot in self.constant for slot in step.reads):
-            raise self.damaged(f"{step.op} reads a value that is no constant")
+            raise self.damaged(f"{step.op} reads a value that is not a constant")
         try:
             store(step, evaluate(step, self.template), self.template)
         except ExecutionError as error:
@@ -209,7 +209,7 @@ class Builder:
         self.constant.update(step.writes)
 
     def drop_unread(self, outputs: Iterable[int]) -> None:
-        """Forget constants that served only to make other constants or attributes."""
+        """Drop constants that were only needed to make other constants or attributes."""
         read = {slot for step in self.steps for slot in step.reads} | set(outputs)
         for slot in range(len(self.template)):
             if slot not in read:

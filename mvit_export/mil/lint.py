@@ -3,8 +3,8 @@
     from mvit_export.mil.lint import lint_package
     print(lint_package("x.mlpackage").eligible_mac_share)
 
-Apple publishes no static list of what the Neural Engine takes, and it varies by device, system version and size: see
-`rules.py`. Eligible says that nothing in the file is known to keep an op off it, never where the op is computed.
+Apple publishes no static list of what the Neural Engine accepts, and it varies by device, system version and size: see
+`rules.py`. Eligible means that nothing in the file is known to keep an op off it, never where the op is computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mvit_export.mil.steps import Op
 
 @dataclass(frozen=True)
 class Finding:
-    """One op: its multiply-accumulates (None: they depend on a flexible size) and the rules that it breaks."""
+    """One op: its multiply-accumulates (None: they depend on a flexible size) and the rules it breaks."""
 
     op: Op
     macs: int | None
@@ -56,17 +56,17 @@ class Lint:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates of the file; None where a flexible size leaves them open."""
+        """Multiply-accumulates of the file; None if a flexible size leaves them open."""
         return total(self.findings)
 
     @property
     def eligible_mac_share(self) -> float | None:
-        """Between 0 and 1; None where the MACs are open or 0."""
+        """Between 0 and 1; None if the MACs are open or 0."""
         macs, eligible = self.macs, total([f for f in self.findings if f.eligible])
         return eligible / macs if macs and eligible is not None else None
 
     def breaking(self, rule: Rule) -> tuple[Finding, ...]:
-        """Ops that break a rule, the most MACs first."""
+        """Ops that break a rule, those with the most MACs first."""
         found = [finding for finding in self.findings if rule in finding.broken]
         return tuple(sorted(found, key=lambda finding: -(finding.macs or 0)))
 
@@ -95,7 +95,7 @@ def total(findings: Sequence[Finding]) -> int | None:
 
 
 def lint(operations: Sequence[Operation]) -> Lint:
-    """Hold every op that runs against every rule; compressed weights are unfolded before and are no ops."""
+    """Check every op that runs against every rule; compressed weights are unfolded before and do not count as ops."""
     running = [operation for operation in operations if not operation.type.startswith("constexpr_")]
     return Lint(tuple(Finding(o.op, count_macs(o), tuple(rule for rule in RULES if rule.broken(o))) for o in running))
 

@@ -1,7 +1,7 @@
 """The operations of a saved ML Program as records with shapes, types and small constants, for tools that do not run it.
 
-`graph.py` forgets what running does not need (names of parameters, shapes of inputs) and refuses what it cannot run;
-a listing keeps all of it and takes any op.
+`graph.py` drops what running does not need (names of parameters, shapes of inputs) and refuses what it cannot run;
+a listing keeps all of it and accepts any op.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from coremltools.proto.MIL_pb2 import Argument, Block, Function, NamedValueType, Value
 
 Shape = tuple[int | None, ...]  # None: of any size
-READABLE = 64  # constants of at most so many elements are read: axes and strides are, weights are not
+READABLE = 64  # constants of at most this many elements are read: axes and strides are, weights are not
 
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A value that an operation reads or makes. `constant` is its content where it is constant and small."""
+    """A value that an operation reads or makes. `constant` is its content if it is constant and small."""
 
     name: str
     dtype: str  # in MIL's names, e.g. "FLOAT16"
@@ -62,24 +62,24 @@ class Operation:
         return tuple(x for x in fixed if x.shape and x.dtype.startswith("FLOAT"))
 
     def input(self, parameter: str) -> Operand | None:
-        """The one value of a parameter; None where it is not given."""
+        """The one value of a parameter; None if it is not given."""
         group = self.inputs.get(parameter, ())
         return group[0] if len(group) == 1 else None
 
     def constant(self, parameter: str, default: Any) -> Any:
-        """The content of a constant parameter, `default` where it is not given or not constant."""
+        """The content of a constant parameter, `default` if it is not given or not constant."""
         value = self.input(parameter)
         return default if value is None or value.constant is None else value.constant
 
 
 def list_operations(package: Package) -> tuple[Operation, ...]:
-    """All operations but `const` of all functions, nested blocks included. ArtifactError if the program is damaged."""
+    """All operations except `const` of all functions, including nested blocks. ArtifactError if damaged."""
     functions = package.spec.mlProgram.functions
     return tuple(op for name in sorted(functions) for op in _Lister(package, name, functions[name]).list())
 
 
 class _Lister:
-    """Names become operands, in the order of the program."""
+    """Turns names into operands, in the order of the program."""
 
     def __init__(self, package: Package, name: str, function: Function) -> None:
         self.package, self.name, self.function = package, name, function

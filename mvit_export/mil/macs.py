@@ -1,7 +1,7 @@
 """Multiply-accumulates of MIL ops, from shapes alone.
 
-Counted are products of tensors, which make up the compute of a vision network: convolution, linear, matrix product and
-attention. Elementwise ops, norms and pooling count as 0, as in the usual figures of papers and model zoos.
+Only products of tensors count, which make up the compute of a vision network: convolution, linear, matrix product and
+attention. Elementwise ops, norms and pooling count as 0, as is usual in papers and model zoos.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from mvit_export.mil.listing import Operand, Operation, Shape
 
 
 class Unknown(Exception):
-    """A size is open until the program runs."""
+    """A size is unknown until the program runs."""
 
 
 def count_macs(operation: Operation) -> int | None:
-    """MACs of one run of the op; None where they depend on a flexible size, or shapes make no sense."""
+    """MACs of one run of the op; None if they depend on a flexible size, or shapes make no sense."""
     if operation.type not in MACS:
         return 0
     try:
@@ -40,12 +40,12 @@ def shape(operand: Operand | None) -> Shape:
 
 
 def conv(operation: Operation) -> int:
-    """weight (C_out, C_in / groups, *k): every output element takes C_in / groups * k."""
+    """weight (C_out, C_in / groups, *k): every output element needs C_in / groups * k."""
     return product(*operation.outputs[0].shape, *shape(operation.input("weight"))[1:])
 
 
 def conv_transpose(operation: Operation) -> int:
-    """weight (C_in, C_out / groups, *k): every input element gives C_out / groups * k, cropped ones included."""
+    """weight (C_in, C_out / groups, *k): every input element needs C_out / groups * k, including cropped ones."""
     return product(*shape(operation.input("x")), *shape(operation.input("weight"))[1:])
 
 

@@ -7,8 +7,8 @@ package's user-defined metadata, where `load` finds it:
 
 - from torch.export: number the graph's nodes before converting (`number_nodes`); coremltools carries the numbers
   through all passes as debug handles, and each node knows the module it was called in. Exact.
-- from torch.jit.trace: coremltools keeps the last part of each scope. With the model at hand the full path is found
-  again; where two modules fit, the parts are given as they are.
+- from torch.jit.trace: coremltools keeps the last part of each scope. With the model at hand the full path is
+  recovered; if two modules fit, the parts are returned as they are.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def number_nodes(exported: ExportedProgram) -> dict[int, str]:
 def module_names(
     mlmodel: ct.models.MLModel, *, handles: Mapping[int, str] | None = None, model: nn.Module | None = None
 ) -> dict[str, str]:
-    """Output name -> module path for every op of a freshly converted model that a module is known for.
+    """Output name -> module path for every op of a freshly converted model whose module is known.
 
     `handles` come from `number_nodes` for a model that was converted from torch.export, `model` is the module that
     was traced. Without the in-memory program (a model that was loaded from disk) the result is empty.
@@ -60,11 +60,11 @@ def module_names(
 
 
 def traced_path(scope: list[str] | None, paths: list[str]) -> str | None:
-    """The module whose path holds the parts of a traced scope in order, ending with the last.
+    """The module whose path contains the parts of a traced scope in order, ending with the last.
 
     A scope lists attribute names from the outside in and then the value's own name; containers that are only looped
-    over, such as a ModuleList, are left out of it: ["2", "1", "0", "attention", "qkv.1"] is stages.2.1.encoders.0.
-    attention.
+    over, such as a ModuleList, are left out of it: ["2", "1", "0", "attention", "qkv.1"] means
+    stages.2.1.encoders.0.attention.
     """
     parts = (scope or [])[:-1]
     if not parts or parts[0].startswith("__COREML__"):
@@ -75,7 +75,7 @@ def traced_path(scope: list[str] | None, paths: list[str]) -> str | None:
 
 
 def is_subsequence(parts: list[str], path: list[str]) -> bool:
-    """Whether `parts` stand in `path` in this order, gaps allowed, the last of both being the same."""
+    """Whether `parts` occur in `path` in this order, with gaps allowed, and both end with the same part."""
     rest = iter(path)
     return path[-1] == parts[-1] and all(part in rest for part in parts)
 

@@ -1,7 +1,7 @@
-"""A `.mlpackage` on disk: found, checked and parsed before anything of it is believed.
+"""A `.mlpackage` on disk: found, checked and parsed before anything in it is trusted.
 
 The layout is Apple's model package: `Manifest.json` lists items by identifier, `rootModelIdentifier` names the one
-that is the model (a serialized `Model` of coremltools' Model.proto), and weights lie beside it; paths in the manifest
+that is the model (a serialized `Model` of coremltools' Model.proto), and weights are beside it; paths in the manifest
 start at `Data/`, paths in the model start at `@model_path/`, the folder of the model file.
 """
 
@@ -32,7 +32,7 @@ class Package:
     spec: Model
 
     def function(self, name: str | None) -> tuple[str, Function]:
-        """The function `name`, or the default one; ArtifactError names those there are."""
+        """The function `name`, or the default one; ArtifactError lists the existing ones."""
         functions = self.spec.mlProgram.functions
         wanted = name or self.spec.description.defaultFunctionName or "main"
         if wanted not in functions:
@@ -41,7 +41,7 @@ class Package:
         return wanted, functions[wanted]
 
     def resolve(self, reference: str) -> Path:
-        """The file behind a blob reference of the program, which must lie inside of the package."""
+        """The file behind a blob reference of the program, which must be inside the package."""
         if not reference.startswith(MODEL_PATH):
             raise ArtifactError(f"{self.path}: weights at {reference!r}, expected a path under {MODEL_PATH}; refused")
         target = inside(self.path, self.model_path.parent, reference.removeprefix(MODEL_PATH))
@@ -56,7 +56,7 @@ class Package:
 
 
 def read_package(path: str | Path) -> Package:
-    """Read and check a package. ArtifactError, one line, for anything that is not a whole ML Program package."""
+    """Read and check a package. ArtifactError, one line, for anything that is not a complete ML Program package."""
     path = Path(path)
     check_kind(path)
     model_path = find_model(path)
@@ -66,7 +66,7 @@ def read_package(path: str | Path) -> Package:
 
 
 def check_kind(path: Path) -> None:
-    """Refuse what is no folder with a manifest, and say what it looks like instead."""
+    """Refuse anything but a folder with a manifest, and say what it looks like instead."""
     if not path.exists():
         raise ArtifactError(f"{path} does not exist, expected a folder NAME.mlpackage")
     if path.is_file():
@@ -76,11 +76,11 @@ def check_kind(path: Path) -> None:
             kind = "a single .mlmodel file (the old neural network format): convert it to an ML Program"
         raise ArtifactError(f"{path} is {kind}, expected a folder NAME.mlpackage")
     if not (path / "Manifest.json").is_file():
-        raise ArtifactError(f"{path} is no .mlpackage: it has no Manifest.json")
+        raise ArtifactError(f"{path} is not a .mlpackage: it has no Manifest.json")
 
 
 def find_model(path: Path) -> Path:
-    """The specification file that the manifest names, after every item of the manifest was checked."""
+    """The specification file that the manifest names, after checking every item of the manifest."""
     manifest = read_manifest(path)
     items, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
     if not isinstance(items, dict) or not isinstance(root, str) or root not in items:
@@ -102,14 +102,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "Manifest.json").read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}/Manifest.json is damaged: it is no JSON; export it again") from error
+        raise ArtifactError(f"{path}/Manifest.json is damaged: it is not JSON; export it again") from error
     if not isinstance(manifest, dict):
-        raise ArtifactError(f"{path}/Manifest.json is damaged: it is no JSON object; export it again")
+        raise ArtifactError(f"{path}/Manifest.json is damaged: it is not a JSON object; export it again")
     return manifest
 
 
 def inside(package: Path, base: Path, reference: str) -> Path:
-    """`base / reference` if it exists and lies in `package` even after links are followed; ArtifactError otherwise."""
+    """`base / reference` if it exists and is in `package` even after following links; ArtifactError otherwise."""
     parts = PurePosixPath(reference)
     if parts.is_absolute() or ".." in parts.parts or "\\" in reference or "\0" in reference:
         raise ArtifactError(f"{package} refers to {reference!r}, a path outside of the package: refused")
@@ -131,11 +131,11 @@ def parse_model(path: Path) -> Model:
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
     except DecodeError as error:
-        raise ArtifactError(f"{path} is damaged: it is no Core ML specification; export it again") from error
+        raise ArtifactError(f"{path} is damaged: it is not a Core ML specification; export it again") from error
 
 
 def check_model(path: Path, spec: Model) -> None:
-    """The specification must be an ML Program of a version that is known here."""
+    """The specification must be an ML Program of a known version."""
     kind = spec.WhichOneof("Type")
     if kind is None:
         raise ArtifactError(f"{path} is damaged: its specification holds no model; export it again")

@@ -1,4 +1,4 @@
-"""Numbers about every tensor of a run: which op leaves fp16's range first, and what precision is lost to."""
+"""Statistics of every tensor in a run: which op leaves fp16's range first, and what loses precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mvit_export.mil.steps import Op
 
 HALF_OVERFLOW = 65520.0  # from here on, fp16 rounds to infinity: half a step above its largest number, 65504
-LARGE, SMALL = 1e2, 1e-4  # activations outside lose precision on the Neural Engine, by Apple's guidance
+LARGE, SMALL = 1e2, 1e-4  # activations outside lose precision on the Neural Engine, according to Apple
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class TensorStats:
 
 @dataclass(frozen=True)
 class Trace:
-    """All floating tensors of a run in the order of their making, and the outputs."""
+    """All floating tensors of a run in the order in which they were made, and the outputs."""
 
     tensors: tuple[TensorStats, ...]
     outputs: dict[str, Any]
 
     @property
     def first_overflow(self) -> TensorStats | None:
-        """The first tensor that its own type cannot hold; None if all is well."""
+        """The first tensor that its own type cannot hold; None if there is none."""
         return self._first(lambda t: t.overflows)
 
     @property
     def first_beyond_half(self) -> TensorStats | None:
-        """The first tensor that fp16 could not hold, whatever its type is here: the reason not to export as fp16."""
+        """The first tensor that fp16 could not hold, whatever its type here: the reason not to export as fp16."""
         return self._first(lambda t: t.overflow > 0 or t.infinite > 0)
 
     @property

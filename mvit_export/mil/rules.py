@@ -1,11 +1,11 @@
-"""What keeps an op off the Neural Engine, or makes it slow there, as far as it can be read from a file.
+"""What keeps an op off the Neural Engine, or makes it slow there, as far as a file shows it.
 
-Apple publishes no static list of what the Neural Engine takes; what it does take varies by device, system version and
-size, and Core ML decides anew on each. So these rules, collected from those who wrote down what they saw, make a lint:
-an op that breaks none of the blocking ones is eligible, and only a device tells where it is computed.
+Apple publishes no static list of what the Neural Engine accepts; that varies by device, system version and size, and
+Core ML decides on each anew. So these rules, collected from published observations, make a lint: an op that breaks
+none of the blocking ones is eligible, and only a device can show where it is computed.
 
-Not in the table, for it takes data: activations above 1e2 or below 1e-4 lose precision. `Program.trace` measures those
-shares on an input (`share_large` and `share_small` of `report.TensorStats`).
+Not in the table, since it depends on data: activations above 1e2 or below 1e-4 lose precision. `Program.trace` measures
+those shares on an input (`share_large` and `share_small` of `report.TensorStats`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = frozenset({"FLOAT16", "INT8", "UINT8", "INT16"})
 
 CONVS = frozenset({"conv", "conv_transpose"})
 POOLS = frozenset({"avg_pool", "l2_pool", "max_pool"})
-INDEXED = ("gather", "scatter")  # with all their variants
+INDEXED = ("gather", "scatter")  # including all variants
 RESIZES = ("upsample_", "resize")
 SAME_ORDER = frozenset({"expand_dims", "flatten2d", "reshape", "reshape_like", "squeeze"})  # elements stay in order
 
@@ -77,7 +77,7 @@ def indexed(op: Operation) -> bool:
 
 
 def last_bytes(x: Operand) -> int | None:
-    """Bytes of the last axis; None for a scalar, an open size and what is no tensor."""
+    """Bytes of the last axis; None for a scalar, an open size and anything but a tensor."""
     if not x.shape or x.shape[-1] is None or x.dtype not in PACKINGS:
         return None
     return x.shape[-1] * PACKINGS[x.dtype].bits // 8
@@ -88,7 +88,7 @@ def singleton(op: Operation) -> bool:
 
 
 def narrow(op: Operation) -> bool:
-    """A last axis of 1 is `singleton`'s, which is the worse case."""
+    """A last axis of 1 belongs to `singleton`, the worse case."""
     sizes = [last_bytes(x) for x in op.activations if x.shape[-1:] != (1,)]
     return any(n is not None and n < LAST_AXIS_BYTES for n in sizes)
 
@@ -113,7 +113,7 @@ def made_by(x: Operand | None, *types: str) -> Operation | None:
 
 
 def written_out_norm(op: Operation) -> bool:
-    """1 / sqrt(mean((x - mean(x)) ** 2) + eps): found at its root, which may be rsqrt, sqrt or pow."""
+    """1 / sqrt(mean((x - mean(x)) ** 2) + eps): recognised by its root, which may be rsqrt, sqrt or pow."""
     if op.type not in ("rsqrt", "sqrt", "pow"):
         return False
     root = op.input("x")
@@ -142,7 +142,7 @@ def tiled(op: Operation) -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """`blocks`: an op that breaks it is not eligible; `slows`: it is, at a price."""
+    """`blocks`: an op that breaks it is not eligible; `slows`: it is eligible, at a price."""
 
     id: str
     severity: Literal["blocks", "slows"]

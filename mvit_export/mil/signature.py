@@ -1,4 +1,4 @@
-"""What an op's function wants, read once from its annotations (see `ops/__init__.py` for the rules)."""
+"""What an op's function expects, read once from its annotations (see `ops/__init__.py` for the rules)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mvit_export.mil.ops.control import State
 
 @dataclass(frozen=True)
 class Parameter:
-    """What an op's function wants under one name."""
+    """What an op's function expects under one name."""
 
     kind: Literal["tensor", "tensors", "list", "scalar"]
     required: bool
@@ -45,7 +45,7 @@ def parameter(hint: Any, *, required: bool) -> Parameter:
 
 
 def to_python(value: Any, kind: str) -> Any:
-    """A constant as the Python value that an op's function wants."""
+    """A constant as the Python value that an op's function expects."""
     if not isinstance(value, Tensor):
         return value
     if kind == "scalar":

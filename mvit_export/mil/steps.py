@@ -1,4 +1,4 @@
-"""One op made ready to run, and what running it means: call, check against the declaration, round, store."""
+"""One op, ready to run, and how it runs: call, check against the declaration, round, store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mvit_export.mil.errors import ExecutionError
 from mvit_export.mil.signature import to_python
 from mvit_export.mil.values import HELD
 
-# What an op's function may raise on values that it cannot work on.
+# What an op's function may raise for values that it cannot handle.
 CANNOT = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError, MemoryError)
 
 
@@ -26,7 +26,7 @@ class Op:
     outputs: tuple[str, ...]
     dtypes: tuple[str, ...]  # of the outputs, in MIL's names, e.g. "FLOAT16"
     place: str  # function and index in its block, e.g. "main[12]"
-    module: str | None  # of the PyTorch model, where the package says so
+    module: str | None  # of the PyTorch model, if the package says so
 
     def __str__(self) -> str:
         module = f", module {self.module}" if self.module else ""
@@ -35,7 +35,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Step:
-    """An op made ready: `call` takes the slots and returns the op's outputs."""
+    """An op, ready to run: `call` takes the slots and returns the op's outputs."""
 
     op: Op
     call: Callable[[list[Any]], Any]
@@ -43,13 +43,13 @@ class Step:
     writes: tuple[int, ...]
     half: tuple[bool, ...]  # which outputs are to be rounded to fp16
     shapes: tuple[tuple[int | None, ...], ...]  # of the outputs, as declared
-    dies: tuple[int, ...] = ()  # slots that nobody reads after this step
+    dies: tuple[int, ...] = ()  # slots that nothing reads after this step
 
 
 def caller(
     function: Callable[..., Any], one: dict[str, int], many: dict[str, list[int]], late: dict[str, tuple[int, str]]
 ) -> Callable[[list[Any]], Any]:
-    """A function of the slots alone. The common case, tensors only, does nothing but look up."""
+    """A function of only the slots. The common case, tensors only, does nothing but look up."""
     singles = tuple(one.items())
     if not many and not late:
         return lambda slots: function(**{name: slots[i] for name, i in singles})
@@ -64,30 +64,30 @@ def caller(
 
 
 def evaluate(step: Step, slots: list[Any]) -> tuple[Any, ...]:
-    """The op's outputs, not rounded. ExecutionError names the op if it fails, or makes what was not declared."""
+    """The op's outputs, not rounded. ExecutionError names the op if it fails or outputs are not as declared."""
     try:
         made = step.call(slots)
     except CANNOT as error:
         raise ExecutionError(f"{step.op} failed: {first_line(error)}") from error
     outputs = made if isinstance(made, tuple) else (made,)
     if len(outputs) != len(step.writes):
-        raise ExecutionError(f"{step.op} failed: it makes {len(outputs)} values, declared are {len(step.writes)}")
+        raise ExecutionError(f"{step.op} failed: it makes {len(outputs)} values, declared: {len(step.writes)}")
     for value, shape, dtype in zip(outputs, step.shapes, step.op.dtypes, strict=True):
         if isinstance(value, Tensor) and not fits(value, shape, dtype):
             made_is = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-            raise ExecutionError(f"{step.op} failed: it makes {made_is}, declared is {dtype} {list(shape)}")
+            raise ExecutionError(f"{step.op} failed: it makes {made_is}, declared: {dtype} {list(shape)}")
     return outputs
 
 
 def fits(value: Tensor, shape: tuple[int | None, ...], dtype: str) -> bool:
-    """Whether a tensor is of the declared type and shape, None being any size."""
+    """Whether a tensor has the declared type and shape; None means any size."""
     if value.dtype != HELD[dtype][1] or len(value.shape) != len(shape):
         return False
     return value.shape == shape or all(want is None or want == n for want, n in zip(shape, value.shape, strict=True))
 
 
 def store(step: Step, outputs: tuple[Any, ...], slots: list[Any]) -> None:
-    """Put an op's outputs into their slots, rounded where the program says fp16."""
+    """Put an op's outputs into their slots, rounded if the program says fp16."""
     for slot, half, output in zip(step.writes, step.half, outputs, strict=True):
         slots[slot] = output.half().float() if half else output
 

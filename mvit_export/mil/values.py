@@ -1,8 +1,8 @@
 """Values of the specification (MIL.proto `Value`) as torch tensors.
 
 Floats are held as float32: a FLOAT16 value is a float32 tensor whose numbers are all representable in fp16, because
-CPUs multiply fp32 faster and because the executor decides itself where to round. Unsigned integers that torch lacks
-are held in the next wider signed type. `to_numpy` gives the declared type back.
+CPUs multiply fp32 faster and because the executor itself decides where to round. Unsigned integers that torch lacks
+are held in the next wider signed type. `to_numpy` restores the declared type.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def type_name(number: int) -> str:
 
 
 def tensor_type(value_type: ValueType) -> tuple[str, tuple[int | None, ...]]:
-    """Name of the element type and the shape (None where it is flexible) of a tensor or state type."""
+    """Name of the element type and the shape (None: flexible) of a tensor or state type."""
     kind = value_type.WhichOneof("type")
     if kind == "stateType":
         return tensor_type(value_type.stateType.wrappedType)
@@ -63,7 +63,7 @@ def dimensions(tensor: TensorType) -> tuple[int | None, ...]:
 
 
 def to_numpy(tensor: torch.Tensor, dtype: str) -> np.ndarray:
-    """A held tensor as numpy array of the declared type."""
+    """A tensor as a numpy array of the declared type."""
     return tensor.numpy().astype(HELD[dtype][0])
 
 
@@ -124,7 +124,7 @@ class ValueReader:
 
 
 def elements(tensor: TensorValue, field: str, dtype: str, count: int) -> np.ndarray:
-    """(count,) elements written out in the specification; ValueError if they are not as many."""
+    """(count,) elements written out in the specification; ValueError if there are not that many."""
     if field == "bytes":
         return unpack(np.frombuffer(tensor.bytes.values, np.uint8), PACKINGS[dtype], count)
     values = np.array(getattr(tensor, field).values, HELD[dtype][0])

@@ -1,6 +1,6 @@
 """What the JSON files of artifacts say, as one page for people (HTML), for a CI summary (Markdown) or for CI (JUnit).
 
-Only files are read: nothing is verified or measured here, and what was not is listed with its reason.
+Only files are read: nothing is verified or measured here, and whatever was not is listed with the reason.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mvit_export.errors import UsageError
-from mvit_export.files import write_whole
-from mvit_export.formats import choose
+from mvit_export.formats.choices import choose
 from mvit_export.report.junit import render_junit
 from mvit_export.report.markdown import render_markdown
 from mvit_export.report.page import render_html
-from mvit_export.report.records import Report, read_report
+from mvit_export.report.reading import Report, read_report
+from mvit_export.system.files import write_whole
 
 __all__ = ["choose_format", "read_report", "render", "write_report"]
 
@@ -38,7 +38,7 @@ def render(report: Report, *, format: str) -> str:
 
 
 def write_report(text: str, path: Path, *, report: Report) -> None:
-    """Write the report whole or not at all. Raises UsageError where it cannot be, or would hit an artifact."""
+    """Write the report whole or not at all. Raises UsageError if that fails or would touch an artifact."""
     for entry in report.entries:
         if path.resolve().is_relative_to(entry.artifact.path.resolve()):
             raise UsageError(f"-o {path} lies inside the artifact {entry.path}; name a file outside of it")

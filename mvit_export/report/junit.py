@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from mvit_export.parity import FAIL, NOT_RUN
-from mvit_export.report import words
-from mvit_export.report.records import Report, Verdict
+from mvit_export.report import numbers as formatting
+from mvit_export.report.reading import Report, Verdict
+from mvit_export.results.status import FAIL, NOT_RUN
 
 
 def render_junit(report: Report) -> str:
@@ -31,7 +31,7 @@ def add_verdict(suite: ET.Element, verdict: Verdict) -> None:
         ET.SubElement(case, "failure", message=verdict.reason)
     elif verdict.status == NOT_RUN:
         ET.SubElement(case, "skipped", message=verdict.reason)
-    if verdict.psnr_db is not None:
-        figures = f"PSNR {words.decibels(verdict.psnr_db)}, max error {words.tiny(verdict.max_rel)} of scale"
+    if metrics := verdict.metrics:
+        figures = f"PSNR {formatting.decibels(metrics.psnr_db)}, max error {formatting.tiny(metrics.max_rel)} of scale"
         compared = f"{verdict.inputs} inputs against {verdict.against}"
         ET.SubElement(case, "system-out").text = "; ".join(filter(None, [figures, compared, verdict.note]))

@@ -8,13 +8,15 @@ from typing import Any
 
 from mvit_export import __version__
 from mvit_export.errors import require
-from mvit_export.report import words
-from mvit_export.report.figures import draw_costs, draw_distributions
-from mvit_export.report.records import Report, tidy
+from mvit_export.formats.table import FORMATS
+from mvit_export.report import numbers as formatting
+from mvit_export.report.charts import draw_costs, draw_distributions
+from mvit_export.report.reading import Report
+from mvit_export.results.fields import tidy
 
 HERE = Path(__file__).parent
 PAGE, STYLE = "page.html", "style.css"
-VOLATILE = ("created", "load_average")  # what two runs on one machine may differ in
+VOLATILE = ("created", "load_average")  # may differ between two runs on one machine
 
 
 def render_html(report: Report) -> str:
@@ -26,9 +28,9 @@ def render_html(report: Report) -> str:
     template = environment.from_string((HERE / PAGE).read_text(encoding="utf-8"))
     text: str = template.render(
         report=report,
-        words=words,
+        words=formatting,
         version=__version__,
-        style=jinja2.utils.markupsafe.Markup((HERE / STYLE).read_text(encoding="utf-8")),
+        style=jinja2.utils.markupsafe.Markup((HERE / STYLE).read_text(encoding="utf-8") + format_colours()),
         drawn=jinja2.utils.markupsafe.Markup,
         distributions=draw_distributions(report.measured),
         costs=draw_costs(report.measured),
@@ -58,7 +60,7 @@ def facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def listed(value: Any) -> str:
-    """A value of the environment in words: `onnxruntime 1.31, numpy 2.3` or `0, 1`."""
+    """A value of the environment as text: `onnxruntime 1.31, numpy 2.3` or `0, 1`."""
     if isinstance(value, Mapping):
         return ", ".join(f"{tidy(key)} {listed(item)}" for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -73,3 +75,10 @@ def exporters(report: Report) -> list[tuple[str, list[str]]]:
         manifest = entry.artifact.manifest
         groups.setdefault(f"{listed(manifest.tools)}; {tidy(manifest.created)}", []).append(entry.label)
     return list(groups.items())
+
+
+def format_colours() -> str:
+    """The style of the formats' keys, on light and on dark background."""
+    light, dark = (" ".join(f"--{name}: {row.colours[ground]};" for name, row in FORMATS.items()) for ground in (0, 1))
+    keys = "".join(f".key.{name} {{ color: var(--{name}); }}\n" for name in FORMATS)
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{keys}"

@@ -1,4 +1,4 @@
-"""From a matplotlib figure to SVG that can stand inside a page: its colours follow the page, its ids are its own."""
+"""From a matplotlib figure to SVG for use inside a page: its colours follow the page, its ids are unique."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import warnings
 import xml.etree.ElementTree as ET
 from typing import Any
 
-# Matplotlib writes fixed colours; these stand for the page's CSS variables of the same names until then.
+from mvit_export.formats.table import FORMATS
+
+# Matplotlib writes fixed colours; these stand for the page's CSS variables of the same names until `adapt`.
 COLOURS = {
     "ink": "#010101",
     "muted": "#020202",
     "line": "#030303",
     "surface": "#040404",
-    "onnx": "#050505",
-    "tflite": "#060606",
-    "coreml": "#070707",
+    **{name: f"#05{index:02x}05" for index, name in enumerate(FORMATS)},
 }
-SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "mvit-export"}  # text as text; ids that repeat
-DROPPED = ("metadata", "style")  # the style would reach beyond the drawing
+SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "mvit-export"}  # text as text; reproducible ids
+DROPPED = ("metadata", "style")  # the style would apply beyond the drawing
 FONT = re.compile(r"font-family:[^;]*;?\s*")  # the page's own
 
 
 def inline_svg(figure: Any, *, name: str, title: str) -> str:
-    """The figure as one `<svg>` element. `name` starts every id in it; `title` is read out in its place."""
+    """The figure as one `<svg>` element. `name` starts every id in it; `title` is read aloud in its place."""
     import matplotlib
 
     buffer = io.BytesIO()
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks are drawn with the reader's
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks are drawn in the reader's font
         figure.savefig(buffer, format="svg", transparent=True)
     root = ET.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
@@ -50,7 +50,7 @@ def local(name: str) -> str:
 
 
 def adapt(key: str, value: str, name: str) -> str:
-    """One attribute, its ids made the figure's own and its colours the page's."""
+    """One attribute, with ids made unique to the figure and colours those of the page."""
     if key == "id":
         return f"{name}-{value}"
     if key == "href":

@@ -1,7 +1,7 @@
 """Compressed weights and quantized activations. Semantics: coremltools' `iOS16/constexpr_ops.py`,
 `iOS17/quantization_ops.py`, `iOS18/compression.py`.
 
-An op of one name has two generations: iOS16 gives packed bytes and a `shape`, iOS18 gives sub-byte tensors.
+Ops of one name come in two generations: iOS16 passes packed bytes and a `shape`, iOS18 passes sub-byte tensors.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def quantize(
 
 
 def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """scale * (data - offset), each scale for one block of the data."""
+    """scale * (data - offset), with one scale for each block of the data."""
     values = data.to(scale.dtype)
     values = values if offset is None else values - spread(offset, data).to(scale.dtype)
     return spread(scale, data) * values
@@ -75,7 +75,7 @@ def spread(blocks: Tensor, data: Tensor) -> Tensor:
 def constexpr_lut_to_dense(
     indices: Tensor, lut: Tensor, shape: list[int] | None = None, vector_axis: int | None = None
 ) -> Tensor:
-    """Values from a table. iOS18's `lut` is (*blocks, entries, vector), a vector filling `vector_axis`."""
+    """Values from a table. iOS18's `lut` is (*blocks, entries, vector); a vector fills `vector_axis`."""
     if shape is not None:
         return lut[unpack_bits(indices, (lut.numel() - 1).bit_length(), shape)]
     *blocks, entries, vector = lut.shape
@@ -100,7 +100,7 @@ def constexpr_sparse_to_dense(nonzero_data: Tensor, mask: Tensor, shape: list[in
 def constexpr_lut_to_sparse(
     indices_mask: Tensor, indices_nonzero_data: Tensor, lut: Tensor, vector_axis: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mask and non-zero values of what `constexpr_lut_to_dense` makes of sparse indices."""
+    """Mask and non-zero values of the result of `constexpr_lut_to_dense` on sparse indices."""
     dense = constexpr_sparse_to_dense(indices_nonzero_data, indices_mask)
     values = constexpr_lut_to_dense(dense, lut, vector_axis=vector_axis)
     mask = indices_mask
@@ -112,7 +112,7 @@ def constexpr_lut_to_sparse(
 def constexpr_sparse_blockwise_shift_scale(
     data_mask: Tensor, nonzero_data: Tensor, scale: Tensor, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mask and non-zero values of what `constexpr_blockwise_shift_scale` makes of sparse data."""
+    """Mask and non-zero values of the result of `constexpr_blockwise_shift_scale` on sparse data."""
     dense = constexpr_sparse_to_dense(nonzero_data, data_mask)
     return data_mask, constexpr_blockwise_shift_scale(dense, scale, offset)[data_mask.bool()]
 

@@ -1,4 +1,4 @@
-"""What is no arithmetic: identity, classifier outputs, state."""
+"""Ops without arithmetic: identity, classifier outputs, state."""
 
 from __future__ import annotations
 

@@ -143,17 +143,17 @@ def l2_pool(
     pad: list[int] | None = None,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Root of the sum of squares of each window."""
+    """Square root of the sum of squares of each window."""
     strides = strides or [1] * len(kernel_sizes)
     pairs = padding(pad_type, pad, tuple(x.shape[2:]), kernel_sizes, strides)
-    if ceil_mode:  # a window that hangs over the edge would be divided by fewer elements than it is multiplied with
+    if ceil_mode:  # a window that overhangs the edge would be divided by fewer elements than it is multiplied by
         pairs = [(b, a + s - 1) for (b, a), s in zip(pairs, strides, strict=True)]
     mean = AVG_POOLS[len(kernel_sizes)](pad_spatial(x * x, pairs), kernel_sizes, strides)
     return (mean * math.prod(kernel_sizes)).sqrt()
 
 
 def torch_pads(pairs: list[tuple[int, int]], kernel: list[int]) -> bool:
-    """Whether torch's own pooling can pad so: symmetric, and no more than half of the window."""
+    """Whether torch's own pooling can pad this way: symmetric, and by at most half of the window."""
     return all(before == after <= k // 2 for (before, after), k in zip(pairs, kernel, strict=True))
 
 
@@ -163,7 +163,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
-    """Batched product as numpy's, of the transposed operands where asked for; 1-D operands are never transposed."""
+    """Batched product as in numpy, of transposed operands if requested; 1-D operands are never transposed."""
     x = x.transpose(-1, -2) if transpose_x and x.dim() > 1 else x
     y = y.transpose(-1, -2) if transpose_y and y.dim() > 1 else y
     return torch.matmul(x, y)

@@ -33,7 +33,7 @@ def cast(x: Tensor, dtype: CastType) -> Tensor:
 
 
 def real_div(x: Tensor, y: Tensor) -> Tensor:
-    """Floats divide; of integers the quotient's fraction is dropped, since the result is declared as integer."""
+    """Floats divide; for integers the quotient's fraction is dropped, since the result is declared as integer."""
     return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
 
 
@@ -64,7 +64,7 @@ def threshold(x: Tensor, alpha: float) -> Tensor:
 
 
 def clamped_relu(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """min(beta, x) from 0 on, min(beta, alpha * x) below."""
+    """min(beta, x) for x >= 0, min(beta, alpha * x) below."""
     return torch.where(x >= 0, x, alpha * x).clamp(max=beta)
 
 

@@ -13,9 +13,9 @@ Mode = Literal["update", "add", "sub", "mul", "div", "max", "min"]
 
 
 def wrap(indices: Tensor, size: int, ios: int) -> Tensor:
-    """Indices as int64 within [0, size). Negative ones count from the end before iOS17 and are errors from then on.
+    """Indices as int64 within [0, size). Negative ones count from the end before iOS17 and are errors since then.
 
-    Core ML leaves an index outside undefined unless `validate_indices` is set; here it is an error in any case.
+    Core ML leaves an index outside undefined unless `validate_indices` is set; here it is always an error.
     """
     indices = indices.long()
     if ios < 17:
@@ -64,7 +64,7 @@ def places(x: Tensor, indices: Tensor, ios: int) -> tuple[Tensor, ...]:
 
 
 def combine(data: Tensor, place: tuple[Tensor, ...], updates: Tensor, mode: str) -> Tensor:
-    """A copy of `data` with `updates` worked in at `place`; places that repeat add up, multiply, or compete."""
+    """A copy of `data` with `updates` applied at `place`; repeated places add up, multiply, or compete."""
     if mode in ("update", "add", "sub"):
         return data.index_put(place, -updates if mode == "sub" else updates, accumulate=mode != "update")
     flat = torch.arange(data.numel()).reshape(data.shape)[place].reshape(-1)
@@ -128,7 +128,7 @@ def one_hot(
     on_value: Tensor | None = None,
     off_value: Tensor | None = None,
 ) -> Tensor:
-    """`on_value` where the place along the new `axis` is the index, else `off_value`; without them int32 1 and 0."""
+    """`on_value` where the position on the new `axis` equals the index, else `off_value`; by default int32 1 and 0."""
     hit = indices.long().unsqueeze(-1) == torch.arange(one_hot_vector_size)
     on = torch.tensor(1, dtype=torch.int32) if on_value is None else on_value
     off = torch.zeros_like(on) if off_value is None else off_value
@@ -149,7 +149,7 @@ def range_1d(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
 
 
 def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
-    """Zero outside of a band around the diagonal of the last two axes; a negative width keeps that side whole."""
+    """Zero outside a band around the diagonal of the last two axes; a negative width keeps that side whole."""
     row = torch.arange(x.shape[-2]).unsqueeze(1)
     column = torch.arange(x.shape[-1])
     keep = torch.ones(x.shape[-2:], dtype=torch.bool)

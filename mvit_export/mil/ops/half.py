@@ -1,10 +1,10 @@
 """The pessimistic case: products and sums rounded to fp16 one by one, in the order of the elements.
 
 These replace the ops of the same name when a program is loaded with `accumulate="fp16"`, for outputs of type fp16.
-Emulated is a unit that multiplies fp16 by fp16, rounds, adds to an fp16 sum and rounds again, with no blocking and no
+They emulate a unit that multiplies fp16 by fp16, rounds, adds to an fp16 sum and rounds again, with no blocking and no
 wider accumulator. Real fp16 accumulation, in blocks or trees, loses less: what passes here passes there. Slow.
 
-Every other op, e.g. norms, softmax, pooling and transposed convolution, keeps its fp32 inside.
+Every other op, e.g. norms, softmax, pooling and transposed convolution, still computes in fp32 inside.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def conv(
     dilations: list[int] | None = None,
     groups: int = 1,
 ) -> Tensor:
-    """As `convolution.conv`, looped over kernel places, then input channels."""
+    """Like `convolution.conv`, looped over kernel positions, then input channels."""
     nd = x.dim() - 2
     strides, dilations = strides or [1] * nd, dilations or [1] * nd
     span = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
@@ -87,7 +87,7 @@ def einsum(values: list[Tensor], equation: str) -> Tensor:
 
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Scores and weights are rounded as values of their own too."""
+    """Scores and weights are rounded too, as separate values."""
     scores = matmul(query, key, transpose_y=True) / math.sqrt(query.shape[-1])
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask

@@ -15,7 +15,7 @@ Reduce = Callable[[Tensor, list[int], bool], Tensor]
 
 
 def over_axes(reduce: Reduce) -> Callable[..., Tensor]:
-    """A MIL reduction from a torch one: `axes` None means all of them."""
+    """A MIL reduction from a torch one: `axes` None means all axes."""
 
     def op(x: Tensor, axes: list[int] | None = None, keep_dims: bool = False) -> Tensor:
         return reduce(x, list(range(x.dim())) if axes is None else axes, keep_dims)
@@ -24,7 +24,7 @@ def over_axes(reduce: Reduce) -> Callable[..., Tensor]:
 
 
 def mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    """Of integers the mean's fraction is dropped, since the result is declared as integer."""
+    """For integers the mean's fraction is dropped, since the result is declared as integer."""
     return x.mean(axes, keep) if x.is_floating_point() else x.double().mean(axes, keep).to(x.dtype)
 
 
@@ -62,7 +62,7 @@ def batch_norm(
 
 
 def instance_norm(x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5) -> Tensor:
-    """Every channel of every sample on its own, (n, C, *d)."""
+    """Every channel of every sample separately, (n, C, *d)."""
     y = normalise(x, list(range(2, x.dim())), epsilon)
     y = y if gamma is None else y * channelwise(gamma, x)
     return y if beta is None else y + channelwise(beta, x)

@@ -1,6 +1,6 @@
 """Resizing of the last axes. Semantics: coremltools' `iOS15/image_resizing.py`, which defines the sampling grids.
 
-Not here: `crop_resize`, `affine`, `resample`, and nearest-neighbour sampling whose rounding is written down nowhere.
+Not here: `crop_resize`, `affine`, `resample`, and nearest-neighbour sampling whose rounding is not documented.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SamplingMode = Literal["STRICT_ALIGN_CORNERS", "ALIGN_CORNERS", "DEFAULT", "OFFS
 
 
 def grid(size: int, target: int, mode: str) -> Tensor:
-    """Where the `target` samples of an axis with `size` elements lie, (target,) float64 within [0, size - 1]."""
+    """Positions of the `target` samples on an axis with `size` elements, (target,) float64 within [0, size - 1]."""
     i = torch.arange(target, dtype=torch.float64)
     if mode in ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS"):
         if target == 1:
@@ -55,9 +55,9 @@ def nearest(x: Tensor, axis: int, target: int) -> Tensor:
 
 
 def scaled(size: int, factor: float, *, whole: bool) -> int:
-    """floor(size * factor). Where the result must be `whole`, another factor has no defined grid."""
+    """floor(size * factor). If the product must be `whole`, any other factor has no defined grid."""
     if whole and abs(size * factor - round(size * factor)) > 1e-4:
-        raise ValueError(f"{size} elements times {factor} is no whole number: the sampling grid is not defined")
+        raise ValueError(f"{size} elements times {factor} is not a whole number: the sampling grid is not defined")
     return int(size * factor + 1e-6)
 
 
@@ -79,7 +79,7 @@ def upsample_bilinear(
     align_corners: bool = True,
     half_pixel_centers: bool | None = None,
 ) -> Tensor:
-    """The grid follows from the sizes, not from the factors (torch's recompute_scale_factor)."""
+    """The grid is based on the sizes, not on the factors (torch's recompute_scale_factor)."""
     half_pixel = not align_corners if half_pixel_centers is None else half_pixel_centers
     if align_corners and half_pixel:
         raise ValueError("align_corners and half_pixel_centers together have no defined grid")
@@ -100,7 +100,7 @@ def resize(
     interpolation_mode: Literal["LINEAR", "NEAREST_NEIGHBOR"] = "LINEAR",
     sampling_mode: SamplingMode = "DEFAULT",
 ) -> Tensor:
-    """The last `resized_dims` axes get the last sizes of `shape`; 0 keeps an axis as it is."""
+    """The last `resized_dims` axes get the last sizes in `shape`; 0 keeps an axis as it is."""
     if interpolation_mode == "NEAREST_NEIGHBOR" and sampling_mode != "DEFAULT":
         raise ValueError(f"nearest neighbour with sampling_mode {sampling_mode} has no written rule of rounding")
     first = x.dim() - resized_dims
@@ -108,7 +108,7 @@ def resize(
         target = target or x.shape[axis]
         if interpolation_mode == "NEAREST_NEIGHBOR":
             x = nearest(x, axis, target)
-        elif target != x.shape[axis] or sampling_mode == "OFFSET_CORNERS":  # elsewhere an equal size changes nothing
+        elif target != x.shape[axis] or sampling_mode == "OFFSET_CORNERS":  # in others an equal size changes nothing
             x = interpolate(x, axis, target, sampling_mode)
     return x
 

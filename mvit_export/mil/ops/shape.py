@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def reshape(x: Tensor, shape: list[int], *, ios: int) -> Tensor:
-    """0 copies a size of `x`: of the same axis up to iOS16, counted from the last axis (1 beyond the first) since."""
+    """0 copies a size of `x`: from the same axis up to iOS16, counted from the last axis (1 beyond the first) since."""
     if 0 in shape and x.numel():
         if ios >= 17:
             sizes = [1] * len(shape) + list(x.shape)
@@ -20,7 +20,7 @@ def reshape(x: Tensor, shape: list[int], *, ios: int) -> Tensor:
         elif len(shape) == x.dim():
             known = list(x.shape)
         else:
-            raise ValueError(f"shape {shape} has a 0, which before iOS17 wants as many axes as the input's {x.dim()}")
+            raise ValueError(f"shape {shape} has a 0, which before iOS17 needs as many axes as the input's {x.dim()}")
         shape = [have if want == 0 else want for want, have in zip(shape, known, strict=True)]
     return x.reshape(shape)
 
@@ -28,7 +28,7 @@ def reshape(x: Tensor, shape: list[int], *, ios: int) -> Tensor:
 def reshape_like(
     x: Tensor, ref_tensors: list[Tensor], begins: list[Tensor], ends: list[Tensor], end_masks: list[Tensor]
 ) -> Tensor:
-    """The new shape is pieced together from slices of the shapes of `ref_tensors`."""
+    """The new shape is assembled from slices of the shapes of `ref_tensors`."""
     shape: list[int] = []
     for ref, begin, end, open_end in zip(ref_tensors, begins, ends, end_masks, strict=True):
         shape += ref.shape[int(begin) : None if bool(open_end) else int(end)]
@@ -43,7 +43,7 @@ def expand_dims(x: Tensor, axes: list[int]) -> Tensor:
 
 
 def squeeze(x: Tensor, axes: list[int] | None = None) -> Tensor:
-    """Axes of another size than 1 are kept."""
+    """Axes with a size other than 1 are kept."""
     return x.squeeze() if axes is None else x.squeeze(tuple(axes))
 
 
@@ -61,7 +61,7 @@ def ranges(
     end_mask: list[bool] | None,
     squeeze_mask: list[bool] | None,
 ) -> tuple[list[range], tuple[int, ...]]:
-    """For each axis the indices that numpy's slicing picks, and the axes that fall away."""
+    """For each axis the indices that numpy's slicing picks, and the axes that are dropped."""
     no = [False] * x.dim()
     picked, gone = [], []
     for axis, size in enumerate(x.shape):
@@ -77,7 +77,7 @@ def ranges(
 
 
 def take(x: Tensor, picked: list[range]) -> Tensor:
-    """Pick indices along each axis; a view where none is left out between."""
+    """Pick indices along each axis; a view if they are contiguous."""
     for axis, index in enumerate(picked):
         if index.step == 1:
             x = x.narrow(axis, index.start, len(index)) if len(index) < x.shape[axis] else x
@@ -117,7 +117,7 @@ def slice_update(
 
 
 def slice_by_size(x: Tensor, begin: list[int], size: list[int]) -> Tensor:
-    """`size` elements from `begin` on; -1 takes all that remain."""
+    """`size` elements starting at `begin`; -1 means all that remain."""
     for axis, (start, count) in enumerate(zip(begin, size, strict=True)):
         start = start + x.shape[axis] if start < 0 else start
         x = x.narrow(axis, start, x.shape[axis] - start if count == -1 else count)
@@ -135,7 +135,7 @@ def split(
 
 
 def concat(values: list[Tensor], axis: int, interleave: bool = False) -> Tensor:
-    """`interleave` takes one slice of each input in turn, which wants inputs of one shape."""
+    """`interleave` takes one slice of each input in turn, which needs inputs of the same shape."""
     if not interleave:
         return torch.cat([v.reshape(1) if v.dim() == 0 else v for v in values], axis)
     axis = axis % values[0].dim()
@@ -163,7 +163,7 @@ def pad(
 
 
 def mirror(size: int, before: int, after: int, mode: str) -> Tensor:
-    """Which element stands at each place of a padded axis."""
+    """Which element is at each position of a padded axis."""
     index = torch.arange(-before, size + after)
     if mode == "replicate":
         return index.clamp(0, size - 1)
@@ -185,7 +185,7 @@ def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
 
 
 def space_to_depth(x: Tensor, block_size: int) -> Tensor:
-    """TensorFlow's order: the place in the block is the outer part of the new channel."""
+    """TensorFlow's order: the position in the block is the outer part of the new channel."""
     n, c, h, w = x.shape
     x = x.reshape(n, c, h // block_size, block_size, w // block_size, block_size)
     return x.permute(0, 3, 5, 1, 2, 4).reshape(n, -1, h // block_size, w // block_size)
@@ -199,7 +199,7 @@ def depth_to_space(x: Tensor, block_size: int) -> Tensor:
 
 
 def space_to_batch(x: Tensor, block_shape: list[int], paddings: list[list[int]]) -> Tensor:
-    """TensorFlow's order: the place in the block is the outer part of the new batch axis."""
+    """TensorFlow's order: the position in the block is the outer part of the new batch axis."""
     (bh, bw), ((top, bottom), (left, right)) = block_shape, paddings
     n, c, h, w = (x := F.pad(x, [left, right, top, bottom])).shape
     x = x.reshape(n, c, h // bh, bh, w // bw, bw)

@@ -1,0 +1,75 @@
+"""How far outputs are from their reference: the figures, without a verdict. Needs only numpy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mvit_export.formats.base import Tolerance
+from mvit_export.results.parity import Metrics
+from mvit_export.tasks.base import Task
+
+FLOAT32_UNIT, FLOAT64_UNIT = 2.0**-24, 2.0**-53  # unit roundoff
+
+
+def measure(reference: np.ndarray, output: np.ndarray, task: Task, *, spread: float = 0.0) -> Metrics:
+    """Compare one finite output with its reference of the same shape, (B, …); `task` adds its own figures.
+
+    `spread` is the largest change of the reference between inputs, 0 if there is only one.
+
+    PSNR is 10 log10(max(reference^2) / mean((output - reference)^2)), as coremltools' conversion tests define it.
+    """
+    r, o = reference.astype(np.float64), output.astype(np.float64)
+    difference = np.abs(r - o)
+    scale, noise = np.abs(r).max(), np.mean(difference**2)
+    norm = np.linalg.norm(r) * np.linalg.norm(o)
+    return Metrics(
+        max_abs=float(difference.max()),
+        max_rel=float(difference.max() / scale) if scale else float(difference.max() > 0),
+        psnr_db=psnr_db(float(scale), float(noise)),
+        cosine=float((r * o).sum() / norm) if norm else float(noise == 0),
+        max_of_spread=float(difference.max() / spread) if spread else None,
+        of_task=task.compare(r, o),
+    )
+
+
+def psnr_db(peak: float, noise: float) -> float:
+    """10 log10(peak^2 / noise) with the noise at least float64's own; 0 if the reference is all zero but missed."""
+    if peak == 0:
+        return 0.0 if noise else -20 * math.log10(FLOAT64_UNIT)
+    return 10 * math.log10(peak**2 / max(noise, (peak * FLOAT64_UNIT) ** 2))
+
+
+def worst(metrics: Sequence[Metrics], task: Task) -> Metrics:
+    """The worst of each figure; for its own figures the task says which is worst."""
+    spreads = [m.max_of_spread for m in metrics if m.max_of_spread is not None]
+    own = {figure: [m.of_task[figure.name] for m in metrics if figure.name in m.of_task] for figure in task.figures}
+    return Metrics(
+        max_abs=max(m.max_abs for m in metrics),
+        max_rel=max(m.max_rel for m in metrics),
+        psnr_db=min(m.psnr_db for m in metrics),
+        cosine=min(m.cosine for m in metrics),
+        max_of_spread=max(spreads, default=None),
+        of_task={figure.name: figure.combine(values) for figure, values in own.items() if values},
+    )
+
+
+def violations(metrics: Metrics, tolerance: Tolerance, task: Task) -> list[str]:
+    """Each figure outside its bound, in words."""
+    found = []
+    if metrics.psnr_db < tolerance.psnr_db:
+        found.append(f"PSNR {metrics.psnr_db:.1f} dB, at least {tolerance.psnr_db:g} expected")
+    if metrics.max_rel > tolerance.max_rel:
+        found.append(f"max error {metrics.max_rel:.1e} of the scale, at most {tolerance.max_rel:g} expected")
+    if metrics.max_of_spread is not None and metrics.max_of_spread > tolerance.max_of_spread:
+        share, limit = metrics.max_of_spread, tolerance.max_of_spread
+        found.append(f"max error {share:.1e} of what the input changes, at most {limit:g} expected")
+    if metrics.cosine < tolerance.cosine:
+        found.append(f"1 - cosine {1 - metrics.cosine:.1e}, at most {1 - tolerance.cosine:.0e} expected")
+    for figure in task.figures:
+        value, bound = metrics.of_task.get(figure.name), figure.bound(tolerance)
+        if value is not None and bound is not None and value > bound:
+            found.append(f"{figure.words} {value:{figure.digits}}, at most {bound:g} expected")
+    return found

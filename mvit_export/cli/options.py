@@ -1,0 +1,86 @@
+"""What every command shares: the exit codes, the common options, and errors as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mvit_export.cli.help import DEVICES, OUTPUT
+from mvit_export.cli.terminal import Terminal, status_text
+from mvit_export.errors import MvitExportError, UsageError
+
+EXIT_CODES = {"pass": 0, "fail": 1, "not-run": 3}
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON document on stdout; text for people goes to stderr.", rich_help_panel=OUTPUT
+    ),
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.", rich_help_panel=OUTPUT)]
+Verbose = Annotated[
+    bool,
+    typer.Option("-v", "--verbose", help="Show what the converters print, and tracebacks.", rich_help_panel=OUTPUT),
+]
+Artifacts = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="ARTIFACT...", help="Artifact directories, folders that contain some, or model files inside one."
+    ),
+]
+
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where the files run: local, ssh:HOST, adb:SERIAL, or arm64 (emulated; see doctor).",
+        rich_help_panel=DEVICES,
+    ),
+]
+BenchmarkBinary = Annotated[
+    Path | None,
+    typer.Option(help="For adb: TFLite's benchmark_model, built for the phone.", rich_help_panel=DEVICES),
+]
+DevicePython = Annotated[
+    str | None,
+    typer.Option(help="For ssh: Python on the device, such as that of a venv (python3).", rich_help_panel=DEVICES),
+]
+
+
+@contextmanager
+def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
+    """A Terminal in which an error becomes one line and an exit code."""
+    with Terminal(as_json=as_json, quiet=quiet, verbose=verbose) as terminal:
+        try:
+            yield terminal
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt as error:
+            terminal.error(UsageError("interrupted; nothing half-written was left"))
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+        except MvitExportError as error:
+            terminal.error(error)
+            raise typer.Exit(EXIT_ERROR) from error
+        except Exception as error:  # a bug of ours: still one line and never the exit code of a failed check
+            message = f"internal error, {type(error).__name__}: {error}; -v shows where, please report it"
+            terminal.error(RuntimeError(message).with_traceback(error.__traceback__))
+            raise typer.Exit(EXIT_ERROR) from error
+
+
+def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:
+    """PASS  path  figures  runtime, or the reason."""
+    parts = [result.path, *extra]
+    if result.metrics is not None:
+        metrics = result.metrics
+        parts.append(f"{metrics.psnr_db:.1f} dB, max error {metrics.max_rel:.1e} of scale")
+        parts.append(f"{result.inputs} inputs vs {result.against} in {result.runtime}")
+    if result.note:
+        parts.append(f"({result.note})")
+    if result.reason:
+        parts.append(result.reason)
+    terminal.print(status_text(result.status), "  ".join(parts))

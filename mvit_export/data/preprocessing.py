@@ -1,0 +1,104 @@
+"""From a photograph to the array that a checkpoint was trained on.
+
+Preprocessing belongs to the checkpoint: ml-cvnets and Hugging Face trained on BGR, timm's files need RGB.
+It has two halves. Resize and crop happen on the device, by its image API (`to_picture`); the rest, channel order
+and value range (`to_tensor`), is what `--input image` bakes into the exported file.
+
+Needs only numpy, and Pillow for `to_picture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mvit_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Size = tuple[int, int]  # height, width in pixels
+CHANNEL_ORDERS = ("RGB", "BGR")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become numbers: `(pixel / 255 - mean) / std`, channels in `channel_order`.
+
+    `resize_ratio` is the short side after resizing over the crop's side (288 / 256 for ml-cvnets); None resizes
+    straight to the crop without keeping the aspect. `mean` and `std` are listed in `channel_order`.
+    `source` says where the values come from, so that a guess is never mistaken for a fact.
+    """
+
+    channel_order: str
+    crop: Size = (256, 256)
+    resize_ratio: float | None = 288 / 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    source: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.channel_order not in CHANNEL_ORDERS:
+            raise UsageError(f"channel order is {self.channel_order!r}, expected one of {', '.join(CHANNEL_ORDERS)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(f"interpolation is {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
+
+    def with_size(self, size: Size) -> Preprocessing:
+        """The same preprocessing for another crop; the resize keeps its ratio to the crop."""
+        return replace(self, crop=size)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """Rebuild from `to_json`'s dict (tuples may have become lists)."""
+        known = [f.name for f in fields(cls) if f.name in data]
+        values: dict[str, Any] = {k: tuple(data[k]) if isinstance(data[k], list) else data[k] for k in known}
+        return cls(**values)
+
+
+# By weight family. Facts: ml-cvnets v0.1 and the Hugging Face image processor; timm's `mobilevit_*` configurations.
+FAMILY_PREPROCESSING = {
+    "ml-cvnets": Preprocessing("BGR", source="family ml-cvnets"),
+    "hf": Preprocessing("BGR", source="family hf"),
+    "timm": Preprocessing("RGB", resize_ratio=1 / 0.9, interpolation="bicubic", source="family timm"),
+}
+DEFAULT_PREPROCESSING = Preprocessing("RGB")
+
+
+def resized_size(size: Size, preprocessing: Preprocessing) -> Size:
+    """Height and width after the resize: both cover `crop * resize_ratio`, the smaller side exactly, same aspect."""
+    if preprocessing.resize_ratio is None:
+        return preprocessing.crop
+    height, width = size
+    want_h, want_w = (round(side * preprocessing.resize_ratio) for side in preprocessing.crop)
+    if want_h * width >= want_w * height:  # the height is the tighter side
+        return want_h, max(want_w, int(want_h * width / height))
+    return max(want_h, int(want_w * height / width)), want_w
+
+
+def to_picture(image: Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and centre-crop a PIL image: uint8 RGB (H, W, 3) with (H, W) = `preprocessing.crop`."""
+    from PIL import Image as PilImage
+
+    height, width = resized_size((image.height, image.width), preprocessing)
+    resample = PilImage.Resampling[preprocessing.interpolation.upper()]
+    resized = np.asarray(image.convert("RGB").resize((width, height), resample))  # (height, width, 3)
+    crop_h, crop_w = preprocessing.crop
+    top, left = (height - crop_h) // 2, (width - crop_w) // 2
+    return resized[top : top + crop_h, left : left + crop_w]
+
+
+def to_tensor(pictures: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """uint8 RGB (B, H, W, 3) -> float32 (B, 3, H, W) in the checkpoint's channel order and value range."""
+    if preprocessing.channel_order == "BGR":
+        pictures = pictures[..., ::-1]
+    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
+    x = (pictures.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32)

@@ -1,0 +1,208 @@
+"""Build the model that a user names: a variant of a family, a function in a file, or one of timm's.
+
+`load_model` is the only entry; `rebuild_model` repeats it from a manifest, for the parity check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mvit_export.artifact import Manifest, find_artifacts, read_artifact
+from mvit_export.data.preprocessing import Size
+from mvit_export.errors import UsageError, WeightsError, require
+from mvit_export.families.base import Family, Request
+from mvit_export.families.table import FAMILIES, OF_CHECKPOINTS, OPTIONS, VARIANTS, family_of, titles
+from mvit_export.formats.choices import choose, parse_size
+from mvit_export.models.loaded import LoadedModel, call_guarded
+from mvit_export.models.outputs import check_outputs, name_outputs, read_labels
+from mvit_export.tasks.table import find_task
+
+Sizes = int | str | Sequence[int | str]
+
+
+def load_model(
+    variant: str | None = None,
+    *,
+    model: str | None = None,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    image_size: Sizes | None = None,
+    input_shape: Sequence[int] | None = None,
+    labels: str | Path | Sequence[str] | None = None,
+    seed: int = 0,
+    **options: str | None,
+) -> LoadedModel:
+    """Build a MobileViT `variant` ("xxs", "xs", "s"), or any `model` ("FILE.py:FACTORY", "timm:NAME").
+
+    `weights` is a file, a folder, `hf:ID` or `timm:ID`; `pretrained` means the official ones; with neither the network
+    is untrained, seeded with `seed`. `image_size` is 256, "240x272" (height x width) or a list. `options` are
+    the family's own: `patch_config` of MobileViT, "A" or "B".
+    Raises children of MvitExportError.
+    """
+    asked = Request(variant, model, weights, pretrained, num_classes, check_options(options), seed)
+    family, asked = find_family(asked, input_shape)
+    check_size(family, image_size, input_shape)
+    loaded = build(family, asked)
+    loaded = with_shapes(loaded, parse_sizes(image_size) if image_size else None, input_shape)
+    return with_outputs(loaded, labels)
+
+
+def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> LoadedModel:
+    """The reference for parity: rebuilt from what the manifest names, and checked to have the same weights.
+
+    `weights` says where the checkpoint is now, if it has moved. Raises MvitExportError if it cannot be rebuilt.
+    """
+    origin, info = manifest.weights, manifest.model
+    source: str | Path | None = weights
+    if weights is None and origin.source:
+        source = f"{origin.source}@{origin.revision}" if origin.revision else origin.source
+    family = family_of(info.source)
+    asked = Request(
+        # A checkpoint names its own variant: one of ours may have its own sizes ("custom").
+        variant=info.variant if source is None else None,
+        model=None if family.variants else info.source,
+        weights=source,
+        num_classes=info.num_classes,
+        options=family.settings_of(info),
+        seed=origin.seed or 0,
+    )
+    loaded = build(family, asked)
+    found = loaded.weights.state_sha256
+    if found != origin.state_sha256:
+        raise WeightsError(
+            f"{source or info.source} gives other weights than were exported (digest {found[:12]}…, the manifest says "
+            f"{origin.state_sha256[:12]}…); pass --weights, or check with --against golden"
+        )
+    return replace(loaded, info=info, preprocessing=manifest.preprocessing, output_names=manifest.output_names)
+
+
+def load_like(path: str | Path) -> LoadedModel:
+    """The model that an artifact was exported from, with its weights, input shapes and labels, to export it again.
+
+    Raises MvitExportError if it cannot be rebuilt, as `rebuild_model` does.
+    """
+    place, *others = find_artifacts(path)
+    if others:
+        raise UsageError(f"{path} holds {1 + len(others)} artifacts, expected one whose model is to be exported again")
+    manifest = read_artifact(place).manifest
+    spec = manifest.inputs[0]
+    shapes = [tuple(side or 1 for side in shape) for shape in spec.enumerated or (spec.shape,)]
+    if spec.layout == "NHWC":
+        shapes = [(batch, channels, height, width) for batch, height, width, channels in shapes]
+    return replace(rebuild_model(manifest), input_shapes=tuple(shapes))
+
+
+def build(family: Family, asked: Request) -> LoadedModel:
+    require("torch", extra="all", purpose="to build a model")
+    return family.load(asked)
+
+
+# What goes together, checked before anything is loaded or downloaded
+
+
+def check_options(options: dict[str, Any]) -> dict[str, str]:
+    """The family options that were given. Raises TypeError for an unknown name, as Python itself does."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"load_model() got an unexpected keyword argument {name!r}")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def find_family(asked: Request, input_shape: Sequence[int] | None) -> tuple[Family, Request]:
+    """The family of the requested model, and the request in the table's spelling. Raises UsageError."""
+    variant = None if asked.variant is None else choose(asked.variant, VARIANTS, what="variant")
+    options = {
+        name: choose(value, OPTIONS[name].values, what=OPTIONS[name].title) for name, value in asked.options.items()
+    }
+    asked = replace(asked, variant=variant, options=options)
+    if asked.num_classes is not None and asked.num_classes < 1:
+        raise UsageError(f"--num-classes is {asked.num_classes}, expected at least 1")
+    if asked.weights is not None and asked.pretrained:
+        raise UsageError("--weights and --pretrained both say where the weights come from; pass one of them")
+    if asked.model is not None:
+        return family_of_model(asked, asked.model), asked
+    family = VARIANTS[variant] if variant else OF_CHECKPOINTS
+    if variant is None and asked.weights is None:
+        raise UsageError(f"no model named; pass --variant {'|'.join(VARIANTS)}, --weights or --model")
+    if input_shape is not None:
+        raise UsageError(f"--input-shape belongs to --model; {family.title} takes --image-size")
+    for name in options:
+        if name not in family.options:
+            raise UsageError(f"{flag(name)} is not an option of {family.title}; leave it out")
+    return family, asked
+
+
+def family_of_model(asked: Request, source: str) -> Family:
+    """The family that `--model` refers to. Raises UsageError for options of networks named by a variant."""
+    for name, value in {"variant": asked.variant, "num_classes": asked.num_classes, **asked.options}.items():
+        if value is not None:
+            owner = titles(having="variants")
+            raise UsageError(f"{flag(name)} belongs to {owner}; with --model, set it in the model's own factory")
+    return next(family for family in FAMILIES if not family.variants and family.owns(source))
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_size(family: Family, image_size: Sizes | None, input_shape: Sequence[int] | None) -> None:
+    """Raises UsageError for a size below the family's smallest, or given twice."""
+    if image_size is None:
+        return
+    if input_shape is not None:
+        raise UsageError("--image-size and --input-shape both give the input's shape; pass one of them")
+    for size in parse_sizes(image_size):
+        if min(size) < family.smallest_image:
+            least = family.smallest_image
+            raise UsageError(f"--image-size is {size[0]}x{size[1]}, expected at least {least} on each side")
+
+
+def parse_sizes(image_size: Sizes) -> tuple[Size, ...]:
+    """256, "240x272" or a list of such -> ((height, width), ...), without repeats."""
+    values = [image_size] if isinstance(image_size, (int, str)) else image_size
+    return tuple(dict.fromkeys(parse_size(str(value)) for value in values))
+
+
+# Filled in for every family
+
+
+def with_shapes(loaded: LoadedModel, sizes: tuple[Size, ...] | None, input_shape: Sequence[int] | None) -> LoadedModel:
+    preprocessing = loaded.preprocessing
+    assert preprocessing is not None
+    if input_shape is not None:
+        shape = tuple(input_shape)
+        if len(shape) == 4 and shape[1] == 3:
+            return replace(loaded, input_shapes=(shape,), preprocessing=preprocessing.with_size(shape[2:]))
+        return replace(loaded, input_shapes=(shape,), preprocessing=None)
+    sizes = sizes or (preprocessing.crop,)
+    shapes = tuple((1, 3, *size) for size in sizes)
+    return replace(loaded, input_shapes=shapes, preprocessing=preprocessing.with_size(sizes[0]))
+
+
+def with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None) -> LoadedModel:
+    """Call the module once per shape to find the task, output names, MACs and classes, and that it works at all."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for shape in reversed(loaded.input_shapes):  # the first shape last, so that its count is kept
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            returned = call_guarded(
+                lambda: loaded.module(torch.zeros(shape)),  # noqa: B023 (called at once)
+                f"the model, called on a float32 tensor {shape},",
+            )
+    info = loaded.info
+    shapes = {name: tuple(tensor.shape) for name, tensor in name_outputs(returned).items()}
+    task = find_task(info.task, shapes)
+    outputs = name_outputs(returned, task.output_names if len(task.output_names) == len(shapes) else None)
+    check_outputs(outputs)
+    classes = info.num_classes or task.count_classes(shapes)
+    macs = counter.get_total_flops() // 2  # torch counts a multiply-add as two
+    info = replace(info, task=task.name, num_classes=classes, macs=macs)
+    if labels is not None:
+        info = replace(info, labels=read_labels(labels, classes))
+    return replace(loaded, info=info, output_names=tuple(outputs))

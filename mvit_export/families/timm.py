@@ -1,0 +1,97 @@
+"""The row of timm's models, by timm's names: `timm:NAME`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mvit_export.data.preprocessing import Preprocessing
+from mvit_export.errors import MissingDependencyError, ModelError
+from mvit_export.families.base import Family, Request
+from mvit_export.families.modules import describe_module
+from mvit_export.models.loaded import LoadedModel, call_guarded, seeded
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PREFIX = "timm:"
+
+
+def load(asked: Request) -> LoadedModel:
+    source = str(asked.model)
+    with seeded(asked.seed):
+        module = build_timm(source)
+    weights = timm_weights(source) if asked.pretrained else asked.weights
+    return describe_module(
+        module, asked, name=source.removeprefix(PREFIX), source=source, weights=weights, trained=False,
+        preprocessing=timm_preprocessing,
+    )  # fmt: skip
+
+
+def build_timm(source: str) -> nn.Module:
+    """An untrained timm model by name."""
+    timm, name = import_timm(), source.removeprefix("timm:")
+    if not timm.is_model(name.split(".")[0]):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ModelError(
+            f"timm has no model {name!r}" + (f"; it has {near}, …" if near else "; see timm.list_models()")
+        )
+    return call_guarded(lambda: timm.create_model(name, pretrained=False), f"timm's {name}")
+
+
+def timm_weights(source: str) -> str:
+    """Where timm's own weights of that model are, as `hf:ID`. They are fetched and checked like any others."""
+    name = source.removeprefix("timm:")
+    cfg = import_timm().get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        raise ModelError(f"timm lists no weights on the hub for {name!r}; leave --pretrained out, or pass --weights")
+    return f"hf:{cfg.hf_hub_id}"
+
+
+def import_timm() -> ModuleType:
+    """timm, even beside a torchvision whose compiled operators were built for another torch (see below)."""
+    define_torchvision_operators()
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"timm does not import ({error}), needed for --model timm:NAME: pip install timm"
+        ) from error
+
+
+def define_torchvision_operators() -> None:
+    """Let timm and transformers import a torchvision whose compiled operators do not fit this torch.
+
+    PyPI's torchvision is built for CUDA; with a CPU build of torch its import fails with "operator torchvision::nms
+    does not exist". Both packages only use its image transforms. The two operators are declared without an
+    implementation, and only if torchvision cannot be imported otherwise.
+    """
+    import torch
+
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEEP.append(library)  # the operators exist as long as it does
+
+
+_KEEP: list[object] = []
+
+
+def timm_preprocessing(module: Any) -> Preprocessing:
+    cfg = module.pretrained_cfg
+    return Preprocessing(
+        "RGB",
+        crop=tuple(cfg["input_size"][-2:]),
+        resize_ratio=None if cfg.get("crop_mode") == "squash" else 1 / cfg.get("crop_pct", 0.875),
+        interpolation=cfg.get("interpolation", "bicubic"),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        source="timm pretrained_cfg",
+    )
+
+
+TIMM = Family(title="timm", owns=lambda source: source.startswith(PREFIX), load=load)

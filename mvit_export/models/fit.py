@@ -1,0 +1,75 @@
+"""A checkpoint's tensors must be exactly those of a network: every name, shape and kind of number, all finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mvit_export.errors import WeightsError
+from mvit_export.models.checkpoints import blame, read_checkpoint
+
+COUNTER = "num_batches_tracked"  # of BatchNorm: has no influence, and is absent from some files
+
+
+def fit(
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    hint: Callable[[str], str | None] = lambda key: None,
+    unchecked: frozenset[str] = frozenset(),
+) -> dict[str, Tensor]:
+    """Copies of `state`'s tensors in the dtypes of `expected`; names and shapes must match.
+
+    `hint` may give a better message for a key of the wrong shape; keys in `unchecked` may hold NaN and Inf.
+    """
+    result = {}
+    for key, want in expected.items():
+        if key in state:
+            check_kind(key, state[key], want, hint)
+            result[key] = state[key].detach().to(want.dtype, copy=True).contiguous()
+        elif key.endswith(COUNTER):
+            result[key] = torch.zeros(want.shape, dtype=want.dtype)
+        else:
+            raise WeightsError(missing(key, want))
+    extra = next((key for key in state if key not in expected), None)
+    if extra is not None:
+        raise WeightsError(
+            f"{extra} {tuple(state[extra].shape)} is in the checkpoint, but the network has no such weight"
+        )
+    for key, tensor in result.items():
+        bad = 0 if key in unchecked else int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise WeightsError(f"{key} has {bad} NaN or Inf of {tensor.numel()} values, expected finite weights")
+    return result
+
+
+def check_kind(key: str, found: Tensor, want: Tensor, hint: Callable[[str], str | None]) -> None:
+    if found.shape != want.shape:
+        plain = f"{key} has shape {tuple(found.shape)}, expected {tuple(want.shape)}"
+        raise WeightsError(hint(key) or plain)
+    if want.is_floating_point() and not found.is_floating_point():
+        raise WeightsError(f"{key} has dtype {found.dtype}, expected floating point: export it unquantized")
+
+
+def missing(key: str, want: Tensor) -> str:
+    if "classifier" in key or key.startswith("head.fc."):
+        why = "a backbone without classifier, expected a classification checkpoint"
+    else:
+        why = "absent from the checkpoint"
+    return f"{key} is missing, expected shape {tuple(want.shape)}: {why}"
+
+
+def load_strict(module: nn.Module, path: str | Path) -> str:
+    """Load a checkpoint file into any module, key by key as strictly as MobileViT's; returns the file's sha256.
+
+    The module stays as it was if anything does not fit (WeightsError).
+    """
+    checkpoint = read_checkpoint(path)
+    expected = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    masks = frozenset(key for key, value in expected.items() if not torch.isfinite(value).all())  # -inf on purpose
+    with blame(Path(path)):
+        module.load_state_dict(fit(checkpoint.tensors, expected, unchecked=masks))
+    return checkpoint.sha256

@@ -1,0 +1,80 @@
+"""A model that is ready for export, and what every family does to make one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mvit_export.artifact import ModelInfo, WeightsInfo
+from mvit_export.data.preprocessing import Preprocessing
+from mvit_export.errors import ModelError, MvitExportError, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A module in eval mode with all that an export records about it.
+
+    `input_shapes` are the fixed shapes to export for, (B, C, H, W) for images. `output_names` name what the module
+    returns, in order. `preprocessing` is None for models whose input is not an RGB image.
+    """
+
+    module: nn.Module
+    info: ModelInfo
+    weights: WeightsInfo
+    preprocessing: Preprocessing | None
+    input_shapes: tuple[tuple[int, ...], ...]
+    output_names: tuple[str, ...]
+
+
+def call_guarded(call: Callable[[], Any], what: str) -> Any:
+    """Run a user's code; anything it raises becomes a one-line ModelError (the traceback is shown with -v).
+
+    That includes SystemExit: a script's own exit code must not pass for ours.
+    """
+    try:
+        return call()
+    except MvitExportError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{what} raised {type(error).__name__}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, numpy and random for this block only; the caller's random streams continue undisturbed."""
+    import torch
+
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def state_digest(module: nn.Module) -> str:
+    """sha256 over the names, types, shapes and bytes of a module's state: equal digests mean equal weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not hasattr(tensor, "detach"):  # get_extra_state may return anything
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

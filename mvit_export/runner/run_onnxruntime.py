@@ -1,0 +1,62 @@
+"""ONNX Runtime: `.onnx` and `.ort` files. The option is one of its execution providers, by default the CPU's."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .common import Adapter, Opened, Refusal, import_runtime
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider", "xnnpack": "XnnpackExecutionProvider", "coreml": "CoreMLExecutionProvider",
+    "nnapi": "NnapiExecutionProvider", "qnn": "QNNExecutionProvider",
+}  # fmt: skip
+ERRORS_ONLY = 3  # of its log
+
+
+class OnnxRuntime(Adapter):
+    name = "onnxruntime"
+
+    def __init__(self, option: str, threads: int) -> None:
+        super().__init__(option, threads)
+        self.ort = import_runtime("onnxruntime")
+        self.version, self.provider = self.ort.__version__, PROVIDERS[option or "cpu"]
+        if self.provider not in self.ort.get_available_providers():
+            there = ", ".join(self.ort.get_available_providers())
+            raise Refusal("unavailable", f"this onnxruntime {self.version} has no {self.provider}, only {there}")
+
+    def open(self, path: str) -> Opened:
+        session = self.start(path)
+        if self.provider not in session.get_providers():
+            raise Refusal(
+                "unavailable", f"{self.provider} did not start; onnxruntime fell back to {session.get_providers()}"
+            )
+        (name,) = [node.name for node in session.get_inputs()]
+        names = [node.name for node in session.get_outputs()]
+        labels = session.get_modelmeta().custom_metadata_map.get("labels")
+
+        def call(array: Any) -> dict[str, Any]:
+            return dict(zip(names, session.run(names, {name: array})))
+
+        executed = self.provider.replace("ExecutionProvider", "")
+        return Opened(call, executed, json.loads(labels) if labels else None)
+
+    def start(self, path: str) -> Any:
+        options = self.ort.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        # XNNPACK has its own thread pool, which ORT's spinning threads would compete with for the cores.
+        settings = {"intra_op_num_threads": str(self.threads)} if self.option == "xnnpack" else {}
+        if settings:
+            options.intra_op_num_threads = 1
+        return self.ort.InferenceSession(path, options, providers=[(self.provider, settings)])
+
+    def profile(self, path: str, feeds: dict[str, Any], runs: int) -> list[dict[str, Any]] | None:
+        if self.option not in ("", "cpu"):
+            return None
+        from .profile_ops import ProfilerUnavailable, profile_onnx
+
+        try:
+            return profile_onnx(path, feeds, threads=self.threads, runs=runs)
+        except ProfilerUnavailable as error:
+            raise Refusal("unavailable", str(error)) from error

@@ -1,0 +1,26 @@
+"""The tasks, one row each, and which of them a model does."""
+
+from __future__ import annotations
+
+from mvit_export.artifact import Manifest
+from mvit_export.errors import ArtifactError
+from mvit_export.tasks.base import Shapes, Task
+from mvit_export.tasks.classification import CLASSIFICATION
+from mvit_export.tasks.unknown import UNKNOWN
+
+TASKS = {task.name: task for task in (CLASSIFICATION, UNKNOWN)}  # the last one fits every model
+
+
+def find_task(name: str, shapes: Shapes) -> Task:
+    """The task that a model declares, else the first that its outputs fit."""
+    if name != UNKNOWN.name:
+        return TASKS[name]
+    return next(task for task in TASKS.values() if task.fits(shapes))
+
+
+def task_of(manifest: Manifest) -> Task:
+    """The task of an artifact. Raises ArtifactError for one that this version does not know."""
+    name = manifest.model.task
+    if name not in TASKS:
+        raise ArtifactError(f"task {name!r} is not known to this version, expected {' or '.join(TASKS)}; export again")
+    return TASKS[name]
