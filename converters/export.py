@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import itertools
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from mvit_export import __version__
-from mvit_export.artifact import (
-    GOLDEN,
-    MANIFEST,
-    Artifact,
-    Manifest,
-    TensorSpec,
-    hash_files,
-    now,
-    read_artifact,
-    save_golden,
-    write_json,
-)
+from mvit_export.artifact import GOLDEN, MANIFEST, Artifact, hash_files, read_artifact, save_golden, write_json
 from mvit_export.checks import parity
-from mvit_export.checks.inputs import GOLDEN_CASES, GOLDEN_CASES_PER_SIZE, Case, make_cases, stored_case
-from mvit_export.converters.capture import INPUT_NAME, Conversion
+from mvit_export.converters.capture import Conversion
+from mvit_export.converters.golden import golden_vectors
 from mvit_export.converters.jobs import Crew, Work, choose_jobs, do_in_turn, order_of, packages_of
+from mvit_export.converters.manifest import describe_quantization, draft_manifest, file_metadata
 from mvit_export.data.calibration import Calibration, open_calibration
 from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
 from mvit_export.families.forms import count_blocks, take_form
@@ -51,13 +35,11 @@ from mvit_export.formats.targets import (
 )
 from mvit_export.models.fold import fold_batch_norms
 from mvit_export.models.loaded import LoadedModel
-from mvit_export.readers.session import open_torch
 from mvit_export.results.parity import ParityResult
 from mvit_export.results.status import worst_status
 from mvit_export.system.processes import no_collection
 from mvit_export.system.staging import check_free, no_empty_folders, staged_directory
 
-GOLDEN_SAMPLES = 8
 OnStep = Callable[[Target, str], None]
 
 
@@ -269,103 +251,6 @@ def write_artifact(conversion: Conversion, place: Path, *, overwrite: bool) -> W
         manifest = replace(manifest, capture=capture, files=hash_files(staging))
         write_json(staging / MANIFEST, manifest.to_json())
     return read_artifact(place)
-
-
-def draft_manifest(model: LoadedModel, target: Target, tools: dict[str, str]) -> Manifest:
-    """Everything but the files, which do not exist yet."""
-    return Manifest(
-        model=model.info,
-        weights=model.weights,
-        preprocessing=model.preprocessing,
-        inputs=(input_spec(model, target),),
-        outputs=output_specs(model, target),
-        format=target.format,
-        precision=target.precision,
-        target=target,
-        capture="",
-        files=(),
-        tools={"mvit-export": __version__, "python": ".".join(map(str, sys.version_info[:3])), **tools},
-        created=now(),
-    )
-
-
-def input_spec(model: LoadedModel, target: Target) -> TensorSpec:
-    """`image`, with every shape if there are several; the first one is the main one."""
-    shapes = model.input_shapes
-    if target.input == "image":
-        shapes = tuple((shape[0], *shape[2:], shape[1]) for shape in shapes)
-        return tensor_spec(INPUT_NAME, shapes, target, "uint8", "NHWC")
-    return tensor_spec(INPUT_NAME, shapes, target, "float32", "NCHW" if len(shapes[0]) == 4 else "")
-
-
-def output_specs(model: LoadedModel, target: Target) -> tuple[TensorSpec, ...]:
-    """The outputs that the model itself returns for each input shape."""
-    reference = open_torch(model)
-    runs = [reference.run(np.zeros(shape, np.float32)) for shape in model.input_shapes]
-    return tuple(
-        tensor_spec(name, tuple(run[name].shape for run in runs), target, "float32", "NC" if array.ndim == 2 else "")
-        for name, array in runs[0].items()
-    )
-
-
-def tensor_spec(name: str, shapes: Sequence[tuple[int, ...]], target: Target, dtype: str, layout: str) -> TensorSpec:
-    distinct = tuple(dict.fromkeys(shapes))
-    batch = None if target.dynamic_batch else distinct[0][0]
-    return TensorSpec(name, (batch, *distinct[0][1:]), dtype, layout, distinct if len(distinct) > 1 else ())
-
-
-def describe_quantization(conversion: Conversion) -> dict[str, Any] | None:
-    """What the manifest says about a quantized file: the whole recipe, and what the ranges were learned from."""
-    if conversion.recipe is None and conversion.calibration is None:
-        return None
-    return {
-        "recipe": conversion.recipe.to_json() if conversion.recipe else None,
-        "calibration": conversion.calibration.to_json() if conversion.calibration else None,
-    }
-
-
-def calibration_cases(conversion: Conversion, manifest: Manifest) -> list[Case]:
-    """Some of the calibration's inputs, evenly spaced; a larger batch is filled up with those that follow."""
-    assert conversion.calibration is not None
-    step = max(1, conversion.calibration.count // GOLDEN_SAMPLES)
-    singles = list(itertools.islice(conversion.calibration_inputs(), 0, step * GOLDEN_SAMPLES, step))
-    batch = manifest.inputs[0].shape[0] or 1
-    around = [*singles, *singles] * batch
-    arrays = [np.concatenate(around[start : start + batch]) for start in range(len(singles))]
-    return [stored_case(f"sample-{index}", array, manifest) for index, array in enumerate(arrays)]
-
-
-def golden_vectors(conversion: Conversion, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
-    """A few of the parity inputs with the fp32 reference outputs."""
-    reference = open_torch(conversion.model)
-    if conversion.calibration is not None:
-        samples = calibration_cases(conversion, manifest)
-        return {case.name: {INPUT_NAME: case.artifact_input, **reference.run(case.model_input)} for case in samples}
-    names = GOLDEN_CASES_PER_SIZE if manifest.inputs[0].enumerated else GOLDEN_CASES
-    cases = [case for case in make_cases(manifest) if case.name.split("@")[0] in names]
-    cases = cases or make_cases(manifest)[:1]  # a batched input has other names
-    return {case.name: {INPUT_NAME: case.artifact_input, **reference.run(case.model_input)} for case in cases}
-
-
-def file_metadata(manifest: Manifest) -> dict[str, str]:
-    """What is written inside the model file itself, as strings."""
-    model, weights = manifest.model, manifest.weights
-    trained = {True: "trained", False: f"untrained, seed {weights.seed}", None: "set by the model's factory"}
-    return {
-        "name": model.name,
-        "description": f"{model.name}, {model.task}, {manifest.precision}; weights: {trained[weights.trained]}",
-        "author": "exported by mvit-export",
-        "license": "the weights are under the licence of their source" if weights.trained else "MIT",
-        "version": __version__,
-        "mvit_export_version": __version__,
-        "weights_source": weights.source or "",
-        "weights_sha256": weights.sha256 or "",
-        "weights_state_sha256": weights.state_sha256,
-        "preprocessing": json.dumps(manifest.preprocessing.to_json()) if manifest.preprocessing else "",
-        "input": manifest.target.input,
-        "precision": manifest.precision,
-        "created": manifest.created,
-    }
 
 
 @contextmanager

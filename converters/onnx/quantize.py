@@ -7,9 +7,9 @@ dynamic   DynamicQuantizeLinear and MatMulInteger, which run as one DynamicQuant
 static    QuantizeLinear and DequantizeLinear around the float operator, which run as one QLinear operator.
 
 Activations are unsigned, weights signed with a scale for each output channel: the pair that the x86 kernels are
-written for. Of these, the ones for AVX2 and AVX-512 without VNNI add pairs of products in 16 bits and may saturate; the
-session option session.x64quantprecision=1 prevents that. Tensors keep their names, and a new node that computes one of
-them carries the PyTorch module of the old one.
+written for. Of these, the ones for AVX2 and AVX-512 without VNNI add pairs of products in 16 bits and saturate, unless
+the session option session.x64quantprecision is 1, as in the sessions of the runner. Tensors keep their names, and a new
+node that computes one of them carries the PyTorch module of the old one.
 """
 
 from __future__ import annotations

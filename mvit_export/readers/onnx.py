@@ -14,6 +14,7 @@ from mvit_export.artifact import Artifact
 from mvit_export.errors import first_line, require
 from mvit_export.formats.onnx import ORT_SUFFIX
 from mvit_export.readers.session import Chains, Intermediate, Opener, Session, labels_of, make_contents, open_in
+from mvit_export.runner.run_onnxruntime import session_options
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # torch's exporter writes it: a node's modules, outermost first
 WRAPPER = "model"  # the attribute of the exported wrapper that holds the network
@@ -31,16 +32,15 @@ def open_onnx(artifact: Artifact) -> Session:
 
 
 def read_layers(path: Path, array: np.ndarray, chains: Chains) -> Iterator[Intermediate]:
-    """Run a copy of the graph, not optimised, in which every node's outputs are outputs of the graph."""
+    """Run a copy of the graph in which every node's outputs are outputs of the graph, so that nothing is fused."""
     onnx = require("onnx", extra="onnx", purpose="to read the layers of ONNX files")
     ort = require("onnxruntime", extra="onnx", purpose="to run ONNX files")
     model = onnx.load(str(path))
     nodes = {name: node for node in model.graph.node for name in node.output if name}
     declared = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in declared)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = session_options(ort, threads=1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # x64quantprecision needs it
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     tensors = session.run(list(nodes), {session.get_inputs()[0].name: array})
     for (name, node), tensor in zip(nodes.items(), tensors, strict=True):

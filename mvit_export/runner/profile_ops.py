@@ -1,6 +1,6 @@
 """Where the time of one inference goes, by op type, as the runtime's own profiler counts it.
 
-Self-contained: it may be copied to a device that has numpy and a runtime (Python 3.8 or newer).
+With the rest of this folder it is copied to devices that have numpy and a runtime (Python 3.8 or newer).
 
 A profile is a list of rows {"type", "ms", "share", "count"}, largest first. `ms` is the time of all ops of a type in
 one inference, the mean over the faster half of the runs; `count` is how many there are in the graph that runs (after
@@ -26,6 +26,8 @@ from typing import Any, Dict, Tuple
 
 import numpy as np
 
+from .run_onnxruntime import session_options
+
 WARM_UP = 3
 RUNTIME = "(runtime)"
 # By their old names, which Python 3.8 can subscript outside of annotations
@@ -48,8 +50,7 @@ def profile_onnx(model_path: str, feeds: Mapping[str, np.ndarray], *, threads: i
         raise ProfilerUnavailable(f"onnxruntime does not import ({error})") from error
 
     def session(prefix: Path | None) -> Any:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options = session_options(ort, threads)
         if prefix is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(prefix)
         return ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
