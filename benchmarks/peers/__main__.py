@@ -1,4 +1,4 @@
-"""Our files against what a user would otherwise make of the same weights: the README's tables of peers.
+"""Our files against what a user would otherwise make of the same weights: the tables of peers in docs/results.md.
 
 Weights are random and the same in all files: ours, mapped back to the names of timm and transformers and compared in
 PyTorch. Each export runs in a fresh process, whose wall time and peak memory are recorded. Parity comes first: a file

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvit_export.benchmarks.tuning.recipes import run_command
+from mvit_export.benchmarks.tuning.recipe_search import run_command
 from mvit_export.families.mobilevit.variants import VARIANT_NAMES
 from mvit_export.formats.base import PLAIN
 from mvit_export.formats.table import FORMATS, FULL, TIMED

@@ -15,8 +15,8 @@ from mvit_export.cli.terminal import Terminal, megabytes, status_text
 from mvit_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from mvit_export.benchmarks.tuning.forms import Choice, Setup, Tried
-    from mvit_export.benchmarks.tuning.recipes import Search
+    from mvit_export.benchmarks.tuning.form_search import Choice, Setup, Tried
+    from mvit_export.benchmarks.tuning.recipe_search import Search
 
 RECIPE_OPTIONS = ("data", "calibration", "max_drop", "candidates", "limit")
 FORM_OPTIONS = ("runtime", "device", "device_python", "benchmark_binary", "overwrite")
@@ -93,7 +93,7 @@ def tune(
     with session(as_json, quiet, verbose) as terminal:
         if latency:
             refuse_given(ctx, RECIPE_OPTIONS, "does not apply to --latency; leave it out")
-            from mvit_export.benchmarks.tuning.forms import Setup
+            from mvit_export.benchmarks.tuning.form_search import Setup
 
             setup = Setup(device, device_python, benchmark_binary, runtime, threads, budget or FORM_BUDGET)
             status = choose_form(terminal, artifact, setup, out, overwrite=overwrite)
@@ -101,7 +101,7 @@ def tune(
             refuse_given(ctx, FORM_OPTIONS, "applies only to tune --latency; pass --latency too, or leave it out")
             if data is None or calibration is None:
                 raise UsageError("tune takes --data and --calibration to search recipes, or --latency to choose a form")
-            from mvit_export.benchmarks.tuning.recipes import open_search
+            from mvit_export.benchmarks.tuning.recipe_search import open_search
 
             search = open_search(
                 artifact, data=data, calibration=calibration, max_drop=max_drop, folder=out or Path("tune"),
@@ -124,23 +124,23 @@ def refuse_given(ctx: typer.Context, names: tuple[str, ...], why: str) -> None:
 
 def search_recipes(terminal: Terminal, search: Search) -> str:
     """Run the search and print what it found; pass if a recipe stays within the allowed drop."""
-    from mvit_export.benchmarks.tuning import recipes
+    from mvit_export.benchmarks.tuning import recipe_search
 
     with terminal.progress("tune") as step:
-        outcomes, errors = recipes.tune(search, on_step=lambda what: step(f"tune {what}"))
-    front, best = recipes.pareto(outcomes), recipes.best_of(search, outcomes)
-    for line in recipes.table(outcomes, front).splitlines():
+        outcomes, errors = recipe_search.tune(search, on_step=lambda what: step(f"tune {what}"))
+    front, best = recipe_search.pareto(outcomes), recipe_search.best_of(search, outcomes)
+    for line in recipe_search.table(outcomes, front).splitlines():
         terminal.print(line)
     for error in errors:
         terminal.print(f"refused  {error}")
     if best is None:
         terminal.print(f"FAIL  no recipe of {len(outcomes)} keeps the loss within {search.max_drop:g} points of top-1")
     else:
-        terminal.print(f"best: {best.recipe.name}, {best.drop:.2f} points lost, {recipes.describe_cost(best)}")
+        terminal.print(f"best: {best.recipe.name}, {best.drop:.2f} points lost, {recipe_search.describe_cost(best)}")
         terminal.print(f"Next:  mvit-export --to {search.format} --like {search.base.path} --precision int8 \\")
         terminal.print(f"         --recipe {search.folder / 'best.toml'} --calibration {search.calibration}")
     status = "pass" if best else "fail"
-    terminal.print_json({"status": status, **recipes.document(search, outcomes, errors)})
+    terminal.print_json({"status": status, **recipe_search.document(search, outcomes, errors)})
     return status
 
 
@@ -149,7 +149,7 @@ def search_recipes(terminal: Terminal, search: Search) -> str:
 
 def choose_form(terminal: Terminal, artifact: Path, setup: Setup, out: Path | None, *, overwrite: bool) -> str:
     """Try the forms, keep the fastest, print the result of each."""
-    from mvit_export.benchmarks.tuning.forms import tune_forms
+    from mvit_export.benchmarks.tuning.form_search import tune_forms
 
     with terminal.progress("tune") as step:
         choice = tune_forms(

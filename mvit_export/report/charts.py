@@ -10,7 +10,7 @@ import numpy as np
 
 from mvit_export.errors import require
 from mvit_export.formats.table import FORMATS
-from mvit_export.report import numbers as formatting
+from mvit_export.report import formatting
 from mvit_export.report.reading import Latency
 from mvit_export.report.svg import COLOURS, inline_svg
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from mvit_export.report import numbers as formatting
+from mvit_export.report import formatting
 from mvit_export.report.reading import Report, Verdict
 from mvit_export.results.status import FAIL, NOT_RUN
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from mvit_export.report import numbers as formatting
+from mvit_export.report import formatting
 from mvit_export.report.reading import Report
 
 SPECIAL = re.compile(r"[\\`*\[\]<>|~#&$!]|(?<!\w)_|_(?!\w)")

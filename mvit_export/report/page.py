@@ -9,7 +9,7 @@ from typing import Any
 from mvit_export import __version__
 from mvit_export.errors import require
 from mvit_export.formats.table import FORMATS
-from mvit_export.report import numbers as formatting
+from mvit_export.report import formatting
 from mvit_export.report.charts import draw_costs, draw_distributions
 from mvit_export.report.reading import Report
 from mvit_export.results.fields import tidy

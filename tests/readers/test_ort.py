@@ -12,7 +12,7 @@ from conftest import LABELS, TINY, Finished, swap_weights
 
 from mvit_export import export, load_model
 from mvit_export.artifact import read_artifact
-from mvit_export.benchmarks.tuning.recipes import open_search
+from mvit_export.benchmarks.tuning.recipe_search import open_search
 from mvit_export.checks.parity import verify
 from mvit_export.errors import UsageError
 from mvit_export.readers.inspect import inspect_artifact

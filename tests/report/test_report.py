@@ -21,7 +21,7 @@ from conftest import Finished
 from mvit_export import report
 from mvit_export.artifact import MANIFEST
 from mvit_export.errors import ArtifactError, UsageError
-from mvit_export.report import numbers as formatting
+from mvit_export.report import formatting
 from mvit_export.results.parity import ParityReport
 
 Cli = Callable[..., Finished]

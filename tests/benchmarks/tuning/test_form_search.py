@@ -19,8 +19,8 @@ from mvit_export.artifact import read_artifact, write_json
 from mvit_export.benchmarks.devices.arm64 import Arm64
 from mvit_export.benchmarks.devices.base import FileRefused
 from mvit_export.benchmarks.harness.bench import store
-from mvit_export.benchmarks.tuning import forms as tuning_forms
-from mvit_export.benchmarks.tuning.forms import LEFT_OUT, Choice, Setup, Tried, choose, tune_forms
+from mvit_export.benchmarks.tuning import form_search
+from mvit_export.benchmarks.tuning.form_search import LEFT_OUT, Choice, Setup, Tried, choose, tune_forms
 from mvit_export.errors import ArtifactError, ConversionError, DeviceError, UsageError
 from mvit_export.formats.table import FORMATS
 from mvit_export.results.latency import LatencyReport, Measurement, Ratio
@@ -50,7 +50,7 @@ def exports(other: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         stand_in.damage(place)
         return (SimpleNamespace(artifact=read_artifact(place)),)
 
-    monkeypatch.setattr(tuning_forms, "export", give)
+    monkeypatch.setattr(form_search, "export", give)
     return stand_in
 
 
@@ -86,7 +86,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
 
     def use(ratios: dict[str, tuple[float, float, float]], **options: Any) -> Bench:
         stand_in = Bench(ratios, **options)
-        monkeypatch.setattr(tuning_forms, "run_bench", stand_in)
+        monkeypatch.setattr(form_search, "run_bench", stand_in)
         return stand_in
 
     return use
@@ -245,7 +245,7 @@ def test_lost_device_leaves_everything_as_it_was(
 
     base = copy("onnx")
     before = contents(base)
-    monkeypatch.setattr(tuning_forms, "run_bench", lose)
+    monkeypatch.setattr(form_search, "run_bench", lose)
     with pytest.raises(DeviceError):
         tune_forms(base, overwrite=True)
     assert contents(base) == before
@@ -262,7 +262,7 @@ def test_scratch_of_a_killed_run_goes_with_the_next(
         raise DeviceError("ssh:pi was lost")
 
     base = copy("onnx")
-    monkeypatch.setattr(tuning_forms, "run_bench", see)
+    monkeypatch.setattr(form_search, "run_bench", see)
     with pytest.raises(DeviceError):
         tune_forms(base)
     for place in places:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mvit_export.artifact import read_artifact
-from mvit_export.benchmarks.tuning.recipes import (
+from mvit_export.benchmarks.tuning.recipe_search import (
     CandidateFailed,
     Search,
     ablations,
