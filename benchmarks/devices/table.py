@@ -30,9 +30,9 @@ class Kind:
 
 KINDS = (
     Kind("local", "local", r"local", lambda _: local.Local(), local.finding),
-    Kind("arm64", "arm64", r"arm64", lambda _: arm64.Arm64(), arm64.finding, setup=arm64.setup_here),
     Kind("ssh", "ssh:HOST", r"ssh(:.*)?", ssh.open_host, ssh.finding, takes="python"),
     Kind("adb", "adb:SERIAL", r"adb(:.+)?", phone.open_phone, phone.finding, takes="binary"),
+    Kind("arm64", "arm64", r"arm64", lambda _: arm64.Arm64(), arm64.finding, setup=arm64.setup_here),
 )
 SPECS = ", ".join(kind.spec for kind in KINDS)
 BELONGS = {  # option: the flag, and whose it is
