@@ -22,6 +22,11 @@ from types import ModuleType
 class MvitExportError(Exception):
     """Base of all errors that a user can cause or fix."""
 
+    @property
+    def without_advice(self) -> str:
+        """What was found, for where "; what to do" would not help: the line up to its first semicolon."""
+        return str(self).partition("; ")[0]
+
 
 class UsageError(MvitExportError):
     """Options that do not go together, or a value outside what is accepted."""

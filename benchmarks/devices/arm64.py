@@ -173,7 +173,7 @@ def setup(cache: Path | None = None, on_step: Callable[[str], None] = lambda ste
             on_step("starting the ARM Python")
             write_json(staging / MANIFEST, {"recipe": RECIPE, "created": now(), **try_out(staging)})
     except ArtifactError as error:
-        raise DeviceError(str(error).removesuffix(", or pass another --out")) from error
+        raise DeviceError(error.without_advice) from error
     return root
 
 

@@ -273,15 +273,10 @@ def try_form(form: str, model: LoadedModel, target: Target, scratch: Path, prove
             out=scratch / "others", verify=False,
         )  # fmt: skip
     except UsageError as error:
-        return Tried(form, LEFT_OUT, without_advice(error))
+        return Tried(form, LEFT_OUT, printable(error.without_advice, 300))
     except ConversionError as error:  # it applies, but cannot be made
-        return Tried(form, NOT_RUN, without_advice(error))
+        return Tried(form, NOT_RUN, printable(error.without_advice, 300))
     return judge(form, made.artifact.path, prove)
-
-
-def without_advice(error: Exception) -> str:
-    """The error's line, without its advice on what to pass to `export`."""
-    return printable(str(error).partition("; ")[0], 300)
 
 
 def judge(form: str, path: Path, prove: Prove) -> Tried:

@@ -94,8 +94,11 @@ def run_command(arguments: Sequence[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT)
     if done.returncode in (0, 1, 3):  # a failed check of parity or of a gate is a result
         return json.loads(done.stdout)
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    raise CandidateFailed(printable(lines[-1].removeprefix("mvit-export: error: "), 300))
+    try:
+        said = json.loads(done.stdout)["error"]["message"]
+    except (ValueError, KeyError):  # it was killed
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    raise CandidateFailed(printable(said, 300))
 
 
 def tune(search: Search, *, on_step: Step = lambda _: None, run: Run = run_command) -> tuple[list[Outcome], list[str]]:
