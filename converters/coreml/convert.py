@@ -10,8 +10,8 @@ with enumerated shapes, which accepts these and no others.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,12 @@ def convert(conversion: Conversion, path: Path) -> str:
     example = torch.rand(shapes[0], generator=torch.Generator().manual_seed(0))
     options = conversion_options(ct, conversion, module)
     with torch.no_grad():
-        mlmodel, modules, capture = (convert_trace if len(shapes) > 1 else convert_any)(ct, module, example, options)
+        ways = (capture_trace,) if len(shapes) > 1 else (capture_export, capture_trace)
+        captured, (mlmodel, modules) = convert_any(ct, ways, module, example, options)
         if not conversion.target.precision_row.full:
             plan = plan_bits(mlmodel, network_paths(modules), conversion)
             add_pass(options["pass_pipeline"], plan)
-            mlmodel, modules, capture = CONVERT[capture](ct, module, example, options)
+            mlmodel, modules = captured.convert(ct, options)
             check_done(mlmodel, plan)
             modules = {op: path for op, path in modules.items() if op in plan.names}  # not what was put in
     store_module_names(mlmodel, network_paths(modules))
@@ -56,7 +57,7 @@ def convert(conversion: Conversion, path: Path) -> str:
     mlmodel.save(str(path))
     # coremltools writes this for ExecuTorch if ops are numbered: nothing reads it, and it is as large as the program.
     (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
-    return capture
+    return captured.how
 
 
 def network_paths(modules: dict[str, str]) -> dict[str, str]:
@@ -64,30 +65,47 @@ def network_paths(modules: dict[str, str]) -> dict[str, str]:
     return {op: f"{path}.".removeprefix(WRAPPER).rstrip(".") for op, path in modules.items()}
 
 
-Converted = tuple[Any, dict[str, str], str]  # the MLModel, its module names, how it was captured
+Converted = tuple[Any, dict[str, str]]  # the MLModel, its module names
 
 
-def convert_any(ct: Any, module: nn.Module, example: Tensor, options: dict[str, Any]) -> Converted:
-    """By torch.export, else by a trace; if that fails too, its error is raised."""
-    try:
-        return convert_export(ct, module, example, options)
-    except Exception:  # the converter's errors have no common type
-        return convert_trace(ct, module, example, options)
+@dataclass(frozen=True)
+class Captured:
+    """A graph that may be converted more than once, and what tells the module of each of its ops."""
+
+    source: Any
+    how: str
+    handles: dict[int, str] | None = None  # of an exported graph
+    module: nn.Module | None = None  # that was traced
+
+    def convert(self, ct: Any, options: dict[str, Any]) -> Converted:
+        mlmodel = ct.convert(self.source, **options)
+        return mlmodel, module_names(mlmodel, handles=self.handles, model=self.module)
 
 
-def convert_export(ct: Any, module: nn.Module, example: Tensor, options: dict[str, Any]) -> Converted:
+Way = Callable[[nn.Module, Tensor], Captured]
+
+
+def capture_export(module: nn.Module, example: Tensor) -> Captured:
     program = torch.export.export(module, (example,)).run_decompositions({})
-    handles = number_nodes(program)
-    mlmodel = ct.convert(program, **options)
-    return mlmodel, module_names(mlmodel, handles=handles), TORCH_EXPORT
+    return Captured(program, TORCH_EXPORT, handles=number_nodes(program))
 
 
-def convert_trace(ct: Any, module: nn.Module, example: Tensor, options: dict[str, Any]) -> Converted:
-    mlmodel = ct.convert(torch.jit.trace(module, example), **options)
-    return mlmodel, module_names(mlmodel, model=module), JIT_TRACE
+def capture_trace(module: nn.Module, example: Tensor) -> Captured:
+    return Captured(torch.jit.trace(module, example), JIT_TRACE, module=module)
 
 
-CONVERT = {TORCH_EXPORT: convert_export, JIT_TRACE: convert_trace}
+def convert_any(
+    ct: Any, ways: Sequence[Way], module: nn.Module, example: Tensor, options: dict[str, Any]
+) -> tuple[Captured, Converted]:
+    """By the first way that succeeds; the error of the last is raised."""
+    way, *others = ways
+    try:
+        captured = way(module, example)
+        return captured, captured.convert(ct, options)
+    except Exception:  # the converter's errors have no common type
+        if not others:
+            raise
+        return convert_any(ct, others, module, example, options)
 
 
 class CoreMLForm(nn.Module):

@@ -8,8 +8,8 @@ static    QuantizeLinear and DequantizeLinear around the float operator, which r
 
 Activations are unsigned, weights signed with a scale for each output channel: the pair that the x86 kernels are
 written for. Of these, the ones for AVX2 and AVX-512 without VNNI add pairs of products in 16 bits and saturate, unless
-the session option session.x64quantprecision is 1, as in the sessions of the runner. Tensors keep their names, and a new
-node that computes one of them carries the PyTorch module of the old one.
+the session option session.x64quantprecision is 1, as in the runner's sessions there. Tensors keep their names, and a
+new node that computes one of them carries the PyTorch module of the old one.
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ class Writer:
 
     def dequantized(self, name: str, integers: np.ndarray, scale: np.ndarray, axis: int) -> str:
         stored = [self.constant(name, integers), self.constant(f"{name}_scale", scale)]
+        if integers.dtype == np.int8:  # or x64quantprecision makes one zero point for all channels, which is refused
+            stored.append(self.constant(f"{name}_zero", np.zeros(scale.shape, np.int8)))
         return self.add("DequantizeLinear", stored, [f"{name}_float"], axis=axis)
 
     def array(self, name: str) -> np.ndarray:

@@ -32,20 +32,39 @@ def open_onnx(artifact: Artifact) -> Session:
 
 
 def read_layers(path: Path, array: np.ndarray, chains: Chains) -> Iterator[Intermediate]:
-    """Run a copy of the graph in which every node's outputs are outputs of the graph, so that nothing is fused."""
+    """Run a copy of the graph, not optimised, in which every node's outputs are outputs of the graph."""
     onnx = require("onnx", extra="onnx", purpose="to read the layers of ONNX files")
     ort = require("onnxruntime", extra="onnx", purpose="to run ONNX files")
     model = onnx.load(str(path))
+    prevent_saturation(onnx, model.graph)
     nodes = {name: node for node in model.graph.node for name in node.output if name}
     declared = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in declared)
     options = session_options(ort, threads=1)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # x64quantprecision needs it
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     tensors = session.run(list(nodes), {session.get_inputs()[0].name: array})
     for (name, node), tensor in zip(nodes.items(), tensors, strict=True):
         if isinstance(tensor, np.ndarray):  # a sequence is not a layer's output
             yield Intermediate(node.name or name, node.op_type, onnx_modules(node), tensor)
+
+
+def prevent_saturation(onnx: Any, graph: Any) -> None:
+    """Shift int8 weights of MatMulInteger and their zero point to uint8, which every x86 kernel multiplies exactly.
+
+    The session option that does so in an optimised graph (run_onnxruntime.py) has no effect without optimization.
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    signed = {node.input[1] for node in graph.node if node.op_type == "MatMulInteger" and len(node.input) < 4}
+    signed &= {name for name, tensor in tensors.items() if tensor.data_type == onnx.TensorProto.INT8}
+    for name in signed:
+        shifted = (onnx.numpy_helper.to_array(tensors[name]).astype(np.int16) + 128).astype(np.uint8)
+        graph.initializer.append(onnx.numpy_helper.from_array(shifted, f"{name}_unsigned"))
+    for node in graph.node:
+        if node.op_type == "MatMulInteger" and node.input[1] in signed:
+            node.input[1] += "_unsigned"
+            node.input.extend([*[""] * (3 - len(node.input)), "unsigned_zero"])
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(128, np.uint8), "unsigned_zero"))
 
 
 def onnx_modules(node: Any) -> tuple[str, ...]:

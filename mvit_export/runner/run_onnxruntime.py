@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from .common import Adapter, Opened, Refusal, import_runtime
 
@@ -14,18 +17,39 @@ PROVIDERS = {
 ERRORS_ONLY = 3  # of its log
 
 
-def session_options(ort: Any, threads: int) -> Any:
-    """What every session of ours is opened with.
+# An ONNX model, since a device has nothing that writes one: y = MatMulInteger(a, b) with b = [[127], [127]] in int8.
+PRODUCT = (
+    b'\x08\x05\x12\x00:V\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x01g*\r\x08\x02\x08\x01\x10\x03B\x01b'
+    b"J\x02\x7f\x7fZ\x13\n\x01a\x12\x0e\n\x0c\x08\x02\x12\x08\n\x02\x08\x01\n\x02\x08\x02b\x13\n\x01y\x12\x0e\n\x0c"
+    b"\x08\x06\x12\x08\n\x02\x08\x01\n\x02\x08\x01B\x04\n\x00\x10\n"
+)
 
-    Without x64quantprecision, x86 processors that have AVX2 or AVX-512 but no VNNI add pairs of int8 products in 16
-    bits, which saturate: the answers are not those of the file. ARM and VNNI add in 32 bits and ignore the option.
-    Source: https://github.com/microsoft/onnxruntime/pull/12088
+
+def session_options(ort: Any, threads: int) -> Any:
+    """What every session of ours is opened with. Where int8 products saturate, they are told not to.
+
+    x86 processors with AVX2 or AVX-512 but without VNNI add pairs of products in 16 bits, so that the answers are not
+    those of the file. ARM and VNNI add in 32 bits. The option: https://github.com/microsoft/onnxruntime/pull/12088
     """
+    options = plain_options(ort, threads)
+    if saturates(ort):
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def plain_options(ort: Any, threads: int) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
+
+
+@lru_cache(maxsize=None)
+def saturates(ort: Any) -> bool:
+    """Whether this processor's kernels lose bits of 255 * 127 + 255 * 127."""
+    session = ort.InferenceSession(PRODUCT, plain_options(ort, 1), providers=[PROVIDERS["cpu"]])
+    ((found,),) = session.run(None, {"a": np.full((1, 2), 255, np.uint8)})[0]
+    return int(found) != 2 * 255 * 127
 
 
 class OnnxRuntime(Adapter):
@@ -38,6 +62,7 @@ class OnnxRuntime(Adapter):
         if self.provider not in self.ort.get_available_providers():
             there = ", ".join(self.ort.get_available_providers())
             raise Refusal("unavailable", f"this onnxruntime {self.version} has no {self.provider}, only {there}")
+        saturates(self.ort)  # now, not while a file's opening is timed
 
     def open(self, path: str) -> Opened:
         session = self.start(path)

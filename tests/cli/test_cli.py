@@ -28,7 +28,7 @@ def test_export_prints_verdict_and_next_commands(exported: tuple[Path, Finished]
     out, done = exported
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0] == "tiny: 49,298 parameters, 2.3M MACs, input 1x3x64x64"
+    assert lines[0] == "tiny: 38,178 parameters, 2.0M MACs, input 1x3x64x64"
     assert re.fullmatch(rf"PASS    {out}/tiny/onnx-fp32  0\.\d MB  {FIGURES} onnxruntime [\d.]+ CPU", lines[1])
     assert lines[2:] == [
         f"Next:  mvit-export verify {out}/tiny",
@@ -143,7 +143,7 @@ def test_inspect_counts_operators(cli: Cli, tiny_artifact: Callable[..., Path], 
     assert not {name for name in report["operators"] if "norm" in name.lower() and "batch" in name.lower()}  # BN folded
     assert report["inputs"] == [{"name": "image", "shape": [1, 3, 64, 64], "dtype": "float32", "layout": "NCHW"}]
     assert report["outputs"] == [{"name": "logits", "shape": [1, 10], "dtype": "float32", "layout": "NC"}]
-    assert report["model"]["params"] == 49298
+    assert report["model"]["params"] == 38178
     assert report["preprocessing"]["channel_order"] == "BGR"
 
 

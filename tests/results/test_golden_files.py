@@ -49,7 +49,7 @@ def test_export_prints_and_stores_the_same(cli: Callable[..., Finished], tmp_pat
     made = json.loads((tmp_path / "tiny/onnx-fp32/manifest.json").read_text())
     stored = golden("manifest-onnx-fp32.json")
     assert skeleton(made) == skeleton(stored)
-    same = ("schema_version", "inputs", "outputs", "preprocessing", "target", "capture", "form", "weights", "tuning")
+    same = ("schema_version", "inputs", "outputs", "preprocessing", "target", "capture", "form", "tuning")
     assert {name: made.get(name) for name in same} == {name: stored.get(name) for name in same}
 
 

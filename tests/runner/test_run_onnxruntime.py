@@ -16,6 +16,8 @@ import pytest
 from conftest import unavailable
 from onnx import TensorProto, helper, numpy_helper
 
+from mvit_export.runner.run_onnxruntime import PRODUCT
+
 WITHOUT_VNNI = "Haswell"  # AVX2 alone
 IN_BOTH_READERS = """if True:
     import json, sys
@@ -71,6 +73,14 @@ def static_convolution(path: Path, weights: np.ndarray) -> np.ndarray:
     write_graph(path, nodes, constants, [1, inputs, 4, 4], [1, outputs, 4, 4])
     exact = np.rint(weights.sum(axis=1) * 0.01)
     return np.broadcast_to(exact[None, :, None, None], (1, outputs, 4, 4))
+
+
+def test_the_product_that_is_tried_is_what_it_is_called() -> None:
+    model = onnx.load_from_string(PRODUCT)
+    onnx.checker.check_model(model)
+    (product,), (weights,) = model.graph.node, model.graph.initializer
+    assert (product.op_type, list(product.input)) == ("MatMulInteger", ["a", "b"])
+    np.testing.assert_array_equal(numpy_helper.to_array(weights), np.array([[127], [127]], np.int8), strict=True)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from mvit_export.converters.quantization.integers import (
 from mvit_export.errors import ConversionError, UsageError
 from mvit_export.readers.onnx import onnx_modules
 
-TINY_ENCODERS = 9
+TINY_ENCODERS = 4
 TINY_LINEARS = 4 * TINY_ENCODERS + 1  # qkv, proj, expand, reduce in each; the classifier
 STATIC_CONVS = 6  # local and fuse in three blocks; the stem stays float
 Make = Callable[..., Path]
