@@ -37,6 +37,7 @@ from mvit_export.models.fold import fold_batch_norms
 from mvit_export.models.loaded import LoadedModel
 from mvit_export.results.parity import ParityResult
 from mvit_export.results.status import worst_status
+from mvit_export.system import trust
 from mvit_export.system.processes import no_collection
 from mvit_export.system.staging import check_free, no_empty_folders, staged_directory
 
@@ -212,8 +213,10 @@ class Judge:
     """The verdicts on a finished artifact, against the model rebuilt from its manifest. Writes nothing."""
 
     artifact: Artifact
+    trusted: tuple[trust.Entry, ...]
 
     def __call__(self) -> list[ParityResult]:
+        trust.remember(self.trusted)
         return parity.judge(self.artifact)
 
 
@@ -227,7 +230,7 @@ def make_result(
     verdicts: list[ParityResult] = []
     if verify:
         tell(target, "verify")
-        found = yield Judge(artifact)
+        found = yield Judge(artifact, trust.remembered())
         verdicts = parity.store_verdicts(artifact, found)
     tell(target, "done")
     return ExportResult(artifact, tuple(verdicts))

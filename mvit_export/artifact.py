@@ -10,12 +10,12 @@ Reading needs numpy and safetensors only, so that a device can check a file with
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,20 @@ from typing import Any
 import numpy as np
 
 from mvit_export.data.preprocessing import Preprocessing, Size
-from mvit_export.errors import ArtifactError, UsageError
+from mvit_export.errors import ArtifactError, UsageError, first_line, reason_of
 from mvit_export.formats.base import PLAIN
 from mvit_export.formats.table import FORMATS
 from mvit_export.formats.targets import Target
 from mvit_export.system.files import write_whole
+from mvit_export.system.reading import ARRAYS, check_regular, parse_json, read_json, sha256_file
+from mvit_export.system.records import build, convert
 
 SCHEMA_VERSION = 1
+MOST_SHAPES, MOST_ELEMENTS = 128, 2**28  # of one tensor
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
 # A model's settings, as its family needs them. Always written, null if the model has none; other names are ignored.
-SETTINGS = ("patch_config", "output_stride")
+SETTINGS = {"patch_config": str | None, "output_stride": int | None}
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class ModelInfo:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
-        settings = {name: data[name] for name in SETTINGS if data.get(name) is not None}
-        return replace(_record(cls, data), settings=settings)
+        found: ModelInfo = build(cls, {key: value for key, value in data.items() if key != "settings"}, "model")
+        settings = {name: convert(data[name], kind, f"model.{name}") for name, kind in SETTINGS.items() if name in data}
+        return replace(found, settings={name: value for name, value in settings.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -123,25 +127,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
-        """Rebuild from `to_json`'s dict. Raises KeyError or TypeError if a field is missing or malformed."""
-        return cls(
-            model=ModelInfo.from_json(data["model"]),
-            weights=_record(WeightsInfo, data["weights"]),
-            preprocessing=Preprocessing.from_json(data["preprocessing"]) if data["preprocessing"] else None,
-            inputs=tuple(_record(TensorSpec, spec) for spec in data["inputs"]),
-            outputs=tuple(_record(TensorSpec, spec) for spec in data["outputs"]),
-            format=data["format"],
-            precision=data["precision"],
-            target=_record(Target, data["target"]),
-            capture=data["capture"],
-            files=tuple(_record(FileInfo, info) for info in data["files"]),
-            tools=dict(data["tools"]),
-            created=data["created"],
-            schema_version=data["schema_version"],
-            quantization=data.get("quantization"),
-            form=data.get("form", PLAIN),
-            tuning=data.get("tuning"),
-        )
+        """Rebuild from `to_json`'s dict. Raises ValueError or UsageError that names what is missing or malformed."""
+        found: Manifest = build(cls, data, "")
+        return found
 
 
 def image_size(shape: tuple[int | None, ...], spec: TensorSpec) -> Size:
@@ -150,17 +138,6 @@ def image_size(shape: tuple[int | None, ...], spec: TensorSpec) -> Size:
     assert height is not None
     assert width is not None
     return height, width
-
-
-def _record(cls: type, data: Mapping[str, Any]) -> Any:
-    """A flat frozen record from its JSON object; unknown fields are ignored, so that newer minor additions load."""
-    assert is_dataclass(cls)
-    known = {f.name for f in fields(cls)}
-    return cls(**{key: _tuples(value) for key, value in data.items() if key in known})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -178,14 +155,6 @@ class Artifact:
     def model_bytes(self) -> int:
         """Size of the model without golden vectors."""
         return sum(info.bytes for info in self.manifest.files if info.path != GOLDEN)
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def hash_files(directory: Path) -> tuple[FileInfo, ...]:
@@ -232,9 +201,9 @@ def read_artifact(path: Path) -> Artifact:
 def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file} cannot be read ({error}); export again with --overwrite") from error
+        raise ArtifactError(f"{file} cannot be read ({reason_of(error)}); export again with --overwrite") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise ArtifactError(f"{file} has schema_version {version}, expected {SCHEMA_VERSION}; export again, or update")
@@ -242,20 +211,22 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.from_json(data)
         _check_values(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
-        raise ArtifactError(f"{file} is not a valid manifest ({error!r}); export again with --overwrite") from error
+        raise ArtifactError(
+            f"{file} is not a valid manifest ({first_line(error)}); export again with --overwrite"
+        ) from error
     return manifest
 
 
 def _check_values(manifest: Manifest) -> None:
     """Check what readers rely on. Raises KeyError or ValueError."""
+    if manifest.format not in FORMATS:
+        raise ValueError(f"format {manifest.format!r}")
     if manifest.precision not in FORMATS[manifest.format].precisions:
         raise ValueError(f"precision {manifest.precision!r}")
     if (manifest.format, manifest.precision) != (manifest.target.format, manifest.target.precision):
         raise ValueError(f"format and precision do not agree with target {manifest.target.name}")
     if not manifest.inputs or not manifest.outputs:
         raise ValueError("no inputs or no outputs")
-    if not isinstance(manifest.form, str):
-        raise ValueError(f"form {manifest.form!r}")
     if re.fullmatch(r"\w+", manifest.model.name) is None:
         raise ValueError(f"name {manifest.model.name!r}")
     for spec in (*manifest.inputs, *manifest.outputs):
@@ -263,8 +234,18 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"{spec.name} of type {spec.dtype!r}, shape {spec.shape}")
         if spec.layout in ("NCHW", "NHWC") and len(spec.shape) != 4:
             raise ValueError(f"{spec.name} of layout {spec.layout}, shape {spec.shape}")
-    if not all(isinstance(text, str) for info in manifest.files for text in (info.path, info.sha256)):
-        raise ValueError("files without path or sha256")
+        _check_size(spec)
+
+
+def _check_size(spec: TensorSpec) -> None:
+    """Nobody's input takes a gigabyte, and Core ML itself takes at most 128 shapes."""
+    if len(spec.enumerated) > MOST_SHAPES:
+        raise ValueError(f"{spec.name} has {len(spec.enumerated)} shapes, expected at most {MOST_SHAPES}")
+    for shape in (spec.shape, *spec.enumerated):
+        if len(shape) != len(spec.shape) or not all(n is None or n > 0 for n in shape):
+            raise ValueError(f"{spec.name} has the shape {shape} beside {spec.shape}")
+        if math.prod(n or 1 for n in shape) > MOST_ELEMENTS:
+            raise ValueError(f"{spec.name} has the shape {shape}, expected at most {MOST_ELEMENTS:,} numbers")
 
 
 def find_artifacts(path: str | Path) -> tuple[Path, ...]:
@@ -310,8 +291,9 @@ def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(artifact.path / GOLDEN, ARRAYS)
         with safe_open(artifact.path / GOLDEN, framework="numpy") as file:
-            cases: dict[str, dict[str, np.ndarray]] = {case: {} for case in json.loads(file.metadata()["cases"])}
+            cases: dict[str, dict[str, np.ndarray]] = {case: {} for case in parse_json(file.metadata()["cases"])}
             for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
                 case, name = key.split("/", 1)
                 cases[case][name] = file.get_tensor(key)
@@ -323,6 +305,10 @@ def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
         for spec in (*artifact.manifest.inputs, *artifact.manifest.outputs):
             if spec.name not in tensors:
                 what = f"case {case!r} has no tensor {spec.name!r}"
+                raise ArtifactError(f"{artifact.path / GOLDEN}: {what}; export again with --overwrite")
+            found = tensors[spec.name]
+            if found.ndim == 0 or found.dtype.kind not in "fu":
+                what = f"{spec.name!r} of case {case!r} is {found.dtype} {found.shape}, the manifest says {spec.shape}"
                 raise ArtifactError(f"{artifact.path / GOLDEN}: {what}; export again with --overwrite")
     return cases
 

@@ -9,6 +9,7 @@ MvitExportError            exit code 2
 ├── ConversionError        a converter gave up
 ├── ArtifactError          an artifact directory that is missing, damaged, in the way or in use
 ├── DeviceError            a device that cannot be reached, refused a step, or was lost half-way
+├── OutputError            stdout that is full, or that a limit cuts off
 └── RuntimeUnavailable     a runtime that cannot work here; parity reports it as NOT-RUN
 """
 
@@ -60,6 +61,10 @@ class DeviceError(MvitExportError):
     """A device cannot be reached, refused a step, or was lost half-way."""
 
 
+class OutputError(MvitExportError):
+    """What was asked for cannot be printed: the disk behind stdout is full, or a limit forbids it."""
+
+
 class RuntimeUnavailable(MvitExportError):
     """A runtime cannot execute here: the reason is shown as NOT-RUN, never as success."""
 
@@ -74,6 +79,11 @@ def first_line(error: BaseException) -> str:
     """The message of `error` cut to one line; the name of its class if it has none."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return printable(lines[0].strip(), 300) if lines else type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be read: the system's word without its number and the path, or a parser's."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ TARGETS = [(fmt, precision) for fmt in ("coreml", "onnx", "tflite") for precisio
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # so that sums repeat
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # workers share the cores already
+        os.environ.setdefault(name, "1")
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+        # What a manifest may name is remembered there, by the processes of the tests as well.
+        os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="mvit-export-state-")
+        atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
     let_children_be_interrupted()
 
 

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 
+from mvit_export.formats.table import FORMATS
+
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 STEPS = {step["name"]: step for step in ACTION["runs"]["steps"]}
 HOSTILE = "$(touch pwned) `touch pwned` \"; touch pwned; ' ${{ x }} & a  b"
@@ -110,7 +112,7 @@ def runner(tmp_path: Path) -> Runner:
 
 def test_no_input_becomes_text_of_a_script() -> None:
     scripts = [step for step in STEPS.values() if "run" in step]
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     for step in scripts:
         assert "${{" not in step["run"], step["name"]
         assert step["shell"] == "bash"
@@ -168,6 +170,44 @@ def test_every_input_reaches_its_command_as_one_argument(runner: Runner) -> None
     assert [report[-1] for report in reports] == ["-my artifacts"] * 3
     assert runner.value("report") == "my report/report.html"
     assert list(runner.folder.rglob("pwned")) == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"to": "onnx]/../x[y"}, "to is onnx\\]/../x\\[y, expected coreml, onnx and tflite with commas, or all"),
+        *[({"to": to}, "to is") for to in ("onnx,../other", "", "onnx,", "all,onnx", "ONNX")],
+        ({"to": "onnx\ntflite"}, "to is $'onnx\\ntflite', expected one line"),
+        ({"report_dir": "r\nstatus=pass"}, "report-dir is $'r\\nstatus=pass', expected one line"),
+        ({"out": "a\rb"}, "out is"), ({"model": "a\x1b[2J"}, "model is"), ({"upload_name": "a\nb"}, "upload-name is"),
+        ({"python_version": "3\n4"}, "python-version is"), ({"report_dir": ""}, "report-dir is '', expected a folder"),
+        ({"bench": "True"}, "bench is True, expected true or false"),
+        ({"allow_not_run": "yes"}, "allow-not-run is yes, expected true or false"),
+        *[({name: "a\nb"}, "expected one line") for name in ("variant", "weights", "precision", "baseline")],
+        ({"max_slowdown": "1%\n"}, "max-slowdown is $'1%\\n', expected one line"),
+    ],
+)  # fmt: skip
+def test_inputs_are_checked_before_anything_runs(runner: Runner, inputs: dict[str, str], message: str) -> None:
+    assert runner.run(**inputs) == 2
+    assert runner.steps == ["Check the inputs"]
+    assert not (runner.folder / "record").exists()
+    assert runner.printed.startswith("::error::mvit-export: ") and message in runner.printed
+    assert runner.printed.count("\n") == 1 and runner.printed[:-1].isprintable()
+
+
+def test_formats_are_those_of_the_table() -> None:
+    (listed,) = re.findall(r"format='\((.*)\)'", STEPS["Check the inputs"]["run"])
+    assert listed.split("|") == sorted(FORMATS)
+
+
+def test_a_check_that_left_no_code_is_no_pass(runner: Runner) -> None:
+    given = {name: str(spec.get("default", "")) for name, spec in ACTION["inputs"].items()}
+    runner.outputs = {}
+    assert runner.run_step(STEPS["Judge"], given) == 1
+    runner.outputs = {"verify": {"code": "0"}}
+    assert runner.run_step(STEPS["Judge"], given) == 1
+    assert "::error::mvit-export: error." in runner.printed
+    assert runner.run_step(STEPS["Judge"], given | {"bench": "false"}) == 0
 
 
 def test_bench_can_be_left_out(runner: Runner) -> None:

@@ -76,7 +76,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         (name,) = [name for name in packed.namelist() if name.endswith(".dist-info/entry_points.txt")]
         assert packed.read(name).decode().split("\n")[:2] == [
             "[console_scripts]",
-            "mvit-export = mvit_export.cli.main:main",
+            "mvit-export = mvit_export.__main__:main",
         ]
 
 

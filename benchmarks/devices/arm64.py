@@ -25,6 +25,7 @@ from mvit_export.benchmarks.devices.local import LocalFolder
 from mvit_export.benchmarks.devices.worker import START_TIMEOUT
 from mvit_export.doctor import Finding
 from mvit_export.errors import ArtifactError, DeviceError
+from mvit_export.system.reading import read_json
 from mvit_export.system.staging import staged_directory
 
 RECIPE = 1  # version of everything below that shapes the root; a new number rebuilds old roots
@@ -142,7 +143,7 @@ def python_command(root: Path, arguments: Sequence[str]) -> list[str]:
 def read_versions(root: Path) -> dict[str, Any] | None:
     """The record of a finished root of this recipe."""
     try:
-        record = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        record = read_json(root / MANIFEST)
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("recipe") == RECIPE else None

@@ -75,6 +75,8 @@ class Probe(ABC):
     first_ms: float
     round_ms: float | None = None  # how long a round should be; None: as the plan says
     single_runs = True  # each sample is one inference
+    cpu_rounds: tuple[tuple[float, ...], ...] = ()  # CPU times in ms of every `sample` so far, if they are known
+    involuntary: tuple[int, ...] = ()  # how often another process was preferred meanwhile
     restless = False  # whether its threads kept a core busy while the others were sampled
 
     @abstractmethod

@@ -25,8 +25,8 @@ from mvit_export.benchmarks.devices.adb import Adb, Finished, Phone
 from mvit_export.benchmarks.devices.base import FileRefused
 from mvit_export.errors import DeviceError, RuntimeUnavailable, UsageError, printable
 from mvit_export.readers.session import Arrays, Session
-from mvit_export.readers.tflite import litert_runtime
-from mvit_export.runner.run_litert import packed_labels
+from mvit_export.readers.tflite import litert_runtime, stored_labels
+from mvit_export.system.reading import GB, open_regular
 
 TOOL = "benchmark_model"
 RUNTIME = "litert"  # the runner's name for it
@@ -105,7 +105,7 @@ class Measurement:
 def check_binary(path: Path, abi: str) -> None:
     """Refuse a file that the phone's processor cannot start, by its ELF header."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, GB) as file:
             header = file.read(20)
     except OSError as error:
         raise DeviceError(f"--benchmark-binary {path} cannot be read: {error.strerror}") from error
@@ -244,9 +244,8 @@ def open_session(artifact: Artifact, tool: BenchmarkTool, *, options: BenchmarkO
     options = options or BenchmarkOptions()
     model = tool.load(artifact)
     model.measure(options, runs=1)
-    labels = packed_labels(str(artifact.model_path))
     run = functools.partial(model.run, options=options)
-    return Session(tool.describe(options), run, None if labels is None else tuple(labels))
+    return Session(tool.describe(options), run, stored_labels(artifact))
 
 
 def summarise(runtime: str, rounds: Sequence[Round]) -> Measurement:

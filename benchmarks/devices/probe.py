@@ -52,6 +52,8 @@ class RunnerProbe(Probe):
     def sample(self, count: int) -> Sequence[float]:
         answer = self.ask("sample", count=count, timeout=SAMPLE_TIMEOUT)
         self.restless = self.restless or answer.get("restless", False)
+        self.cpu_rounds += (tuple(answer["cpu_ms"]),)
+        self.involuntary += (answer["involuntary"],) if "involuntary" in answer else ()
         return answer["ms"]
 
     def finish(self) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +13,20 @@ from mvit_export.benchmarks.harness.timing import FEWEST_ROUNDS, ratio, unpaired
 from mvit_export.errors import ArtifactError, UsageError
 from mvit_export.results.latency import LatencyReport, Measurement, Ratio, Slowdown
 from mvit_export.results.status import FAIL, MEASURED, NOT_RUN, PASS, worst_status
+from mvit_export.system.reading import RECORDS, read_json
 
 KEY = ("model", "format", "precision", "device", "threads", "input_shape")
 MACHINE = ("cpu", "cores", "system", "machine")
 SAMPLED_TOGETHER = ("threads", "input_shape")
 SAME_KIND = ("format", "precision", "runtime")
+
+
+WALL, CPU = "wall", "cpu"
+# A process that is alone waits for less than 1 % of the time. One that shares its core with another gets half of it,
+# and loses it about 100 times a second.
+MOST_WAITING = 0.05
+MOST_SWITCHES = 25.0  # a second
+DISAGREEMENT = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,20 +37,23 @@ class Baseline:
     """
 
     max_slowdown: float
+    by: str = WALL
     report: LatencyReport | None = None
     artifacts: tuple[Path, ...] = ()
 
     @classmethod
-    def read(cls, path: Path | None, max_slowdown: float | None) -> Baseline | None:
+    def read(cls, path: Path | None, max_slowdown: float | None, by: str = WALL) -> Baseline | None:
         """Raises UsageError for `max_slowdown` without `path`, ArtifactError if the file is not from bench."""
+        if by not in (WALL, CPU):
+            raise UsageError(f"--judge-by is {by!r}, expected {WALL} or {CPU}")
         if path is None and max_slowdown is None:
             return None
         if path is None:
             raise UsageError("--max-slowdown says how much slower than --baseline FILE or ARTIFACT; name one")
         share = 0.0 if max_slowdown is None else max_slowdown
         if path.is_dir() or path.suffix != ".json":
-            return cls(share, artifacts=find_artifacts(path))
-        return cls(share, report=read_report(path))
+            return cls(share, by, artifacts=find_artifacts(path))
+        return cls(share, by, report=read_report(path))
 
     def judge(self, report: LatencyReport) -> LatencyReport:
         """The report with a `baseline` verdict in each measured row, and the worst of them as its status.
@@ -84,21 +96,56 @@ class Baseline:
         rounds = row.samples_by_round, base.samples_by_round
         if (fewest := min(map(len, rounds))) < FEWEST_ROUNDS:
             return not_compared(f"{fewest} rounds are too few for an interval; measure longer: --budget")
-        ratio = compare(*rounds)
+        wall, used = compare(*rounds), (row.cpu_by_round, base.cpu_by_round)
+        cpu = compare(*used) if all(used) else None
+        if self.by == CPU:
+            if cpu is None:
+                return not_compared("CPU time is not known for both; judge by wall time")
+            return self.verdict_on(cpu, "CPU ")
+        if reason := starved(row, "this run") or starved(base, "the baseline"):
+            return not_compared(reason)
+        if cpu is not None and row.threads == 1 and abs(wall.median / cpu.median - 1) > DISAGREEMENT:
+            return not_compared(
+                f"by wall time it takes {wall} times the baseline, by CPU time {cpu}: something else used the machine "
+                "in one of the runs; measure again"
+            )
+        return self.verdict_on(wall)
+
+    def verdict_on(self, ratio: Ratio, what: str = "") -> Slowdown:
         most = 1 + self.max_slowdown
         slower = ratio.interval[0] > most
-        words = f"{ratio} times the baseline, {'more than' if slower else 'not shown to be over'} {most:g}"
+        words = f"{ratio} times the baseline{f' in {what}time' if what else ''}, "
+        words += f"{'more than' if slower else 'not shown to be over'} {most:g}"
         return Slowdown(FAIL if slower else PASS, words, ratio)
+
+
+def starved(row: Measurement, which: str) -> str:
+    """Why the row's wall times are not its own: other processes used its cores. Empty if there is no sign of it."""
+    waited = waiting_share(row)
+    if waited is not None and waited > MOST_WAITING:
+        return f"in {which} the process waited for a core in {waited:.0%} of the time; measure on an idle machine"
+    switches = row.involuntary_per_s
+    if switches is not None and switches > MOST_SWITCHES:
+        return f"in {which} a core was taken from the process {switches:.0f} times a second; measure on an idle machine"
+    return ""
+
+
+def waiting_share(row: Measurement) -> float | None:
+    """The part of a single thread's time in which it did not run, in the middle one of the rounds."""
+    if row.threads != 1 or not row.cpu_samples_ms:
+        return None
+    rounds = zip(row.samples_by_round, row.cpu_by_round, strict=True)
+    return statistics.median(1 - sum(cpu) / sum(wall) for wall, cpu in rounds)
 
 
 def read_report(path: Path) -> LatencyReport:
     """The document of an earlier bench, checked before anything is measured."""
     try:
-        report = LatencyReport.from_json(json.loads(path.read_text(encoding="utf-8")))
+        report = LatencyReport.from_json(read_json(path, RECORDS))
         for row in report.results:
             check_row(row)
         _ = [report.environment[name] for name in MACHINE]
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ArtifactError(f"{path} is not a result of bench --json ({reason}); measure it again") from error
     return report
@@ -112,6 +159,8 @@ def check_row(row: Measurement) -> None:
     samples, count = row.samples_ms, row.samples_per_round or 0
     if samples and (count < 1 or len(samples) % count or not all(sample > 0 for sample in samples)):
         raise ValueError("samples_ms are not whole rounds of times")
+    if row.cpu_samples_ms and not (len(row.cpu_samples_ms) == len(samples) and min(row.cpu_samples_ms) > 0):
+        raise ValueError("cpu_samples_ms are not the CPU times of samples_ms")
 
 
 def most_alike(row: Measurement, candidates: Sequence[Measurement]) -> Measurement | None:

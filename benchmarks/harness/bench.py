@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ from mvit_export.artifact import find_artifacts, now, read_artifact, record_name
 from mvit_export.benchmarks.devices.base import Device, Probe
 from mvit_export.benchmarks.devices.table import open_device
 from mvit_export.benchmarks.devices.worker import RunError
-from mvit_export.benchmarks.harness.baseline import Baseline
+from mvit_export.benchmarks.harness.baseline import WALL, Baseline
 from mvit_export.benchmarks.harness.configurations import Setting, plan_settings
 from mvit_export.benchmarks.harness.roofline import Peaks, measure_roofline
 from mvit_export.benchmarks.harness.timing import FEWEST_ROUNDS, Plan, Series, measure, median_interval, ratio
@@ -50,6 +51,7 @@ def run_bench(
     device_python: str | None = None,
     baseline: Path | None = None,
     max_slowdown: float | None = None,
+    judge_by: str = WALL,
     options: Options | None = None,
     on_step: Step = lambda _: None,
 ) -> LatencyReport:
@@ -57,7 +59,7 @@ def run_bench(
 
     Raises DeviceError if latency cannot be measured on the device.
     """
-    reference = Baseline.read(baseline, max_slowdown)
+    reference = Baseline.read(baseline, max_slowdown, judge_by)
     places: dict[Path, Path] = {}  # each once, whatever names it was given by
     for place in [*(reference.artifacts if reference else ()), *(p for path in paths for p in find_artifacts(path))]:
         places.setdefault(place.resolve(), place)
@@ -211,12 +213,26 @@ def figures(probe: Probe, series: Series) -> dict[str, Any]:
     percentiles = {}
     if probe.single_runs:
         percentiles = {"p90_ms": series.percentile(90), "p99_ms": series.percentile(99), "min_ms": min(series.samples)}
-    return percentiles | {
+    return percentiles | cpu_figures(probe, series) | {
         "status": MEASURED, "runtime": probe.runtime, "load_ms": probe.load_ms, "first_ms": probe.first_ms,
         "median_ms": series.median, "median_interval_ms": median_interval(series.rounds),
         "samples_ms": tuple(series.samples), "samples_per_round": len(series.rounds[0]), "rounds": len(series.rounds),
         "settled": series.settled, "warnings": tuple(doubts(probe, series)),
     }  # fmt: skip
+
+
+def cpu_figures(probe: Probe, series: Series) -> dict[str, Any]:
+    """What the process itself used in the rounds that count, and how often it had to wait for another."""
+    count, seconds = len(series.rounds), sum(series.samples) / 1e3
+    samples = tuple(ms for found in probe.cpu_rounds[-count:] for ms in found)
+    if samples and min(samples) <= 0:  # a clock that is too coarse
+        samples = ()
+    switches = probe.involuntary[-count:]
+    return {
+        "cpu_median_ms": statistics.median(samples) if samples else None,
+        "cpu_samples_ms": samples,
+        "involuntary_per_s": sum(switches) / seconds if switches and seconds else None,
+    }
 
 
 def doubts(probe: Probe, series: Series) -> Iterator[str]:

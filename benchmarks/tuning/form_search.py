@@ -14,7 +14,6 @@ The artifact is not touched before the last step, which puts the kept form in it
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from mvit_export.models.loaded import LoadedModel
 from mvit_export.results.latency import LatencyReport, Measurement, Ratio
 from mvit_export.results.parity import ParityResult
 from mvit_export.results.status import MEASURED, NOT_RUN, PASS, worst_status
+from mvit_export.system.reading import RECORDS, read_json
 from mvit_export.system.staging import check_free, scratch_directory, staged_directory
 
 LEFT_OUT = "left-out"
@@ -376,7 +376,7 @@ def settle_record(file: Path, place: Path, reference: str) -> None:
     """Put the artifact's own place into a record, and say in words what its ratio was to: that file is gone."""
     if not file.exists():  # a full disk keeps no record, which the verdict's note says
         return
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = read_json(file, RECORDS)
     for row in record.get("artifacts") or record["results"]:
         row["path"] = str(place)
         if row.get("ratio"):

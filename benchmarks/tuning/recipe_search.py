@@ -29,6 +29,7 @@ from mvit_export.errors import MvitExportError, UsageError, printable, require
 from mvit_export.formats.recipes import KINDS, Recipe, Rule, write_toml
 from mvit_export.formats.table import FORMATS
 from mvit_export.system.files import write_whole
+from mvit_export.system.reading import read_json
 
 RECORD = "candidate.json"
 COMMAND_TIMEOUT = 3600.0
@@ -335,7 +336,7 @@ def folder_name(recipe: Recipe) -> str:
 def read_record(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     """A candidate's record if it is whole and was made for the same search."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError):
         return None
-    return record if record.get("key") == key else None
+    return record if isinstance(record, dict) and record.get("key") == key else None

@@ -17,6 +17,7 @@ from mvit_export.cli.options import (
     DevicePython,
     Json,
     Quiet,
+    TrustCode,
     Verbose,
     session,
 )
@@ -66,6 +67,10 @@ def bench(
         str | None,
         typer.Option(help="With --baseline: fail if slower by more than this, e.g. 10%.", rich_help_panel=COMPARE),
     ] = None,
+    judge_by: Annotated[
+        str,
+        typer.Option(help="With --baseline: compare wall or cpu time.", rich_help_panel=COMPARE),
+    ] = "wall",
     profile: Annotated[
         bool, typer.Option("--profile", help="Show the time that each type of op takes.", rich_help_panel=MEASURE)
     ] = False,
@@ -75,6 +80,7 @@ def bench(
             "--roofline/--no-roofline", help="Measure the runtime's peak to compare with.", rich_help_panel=MEASURE
         ),
     ] = True,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -95,6 +101,7 @@ def bench(
                 device_python=device_python,
                 baseline=baseline,
                 max_slowdown=None if max_slowdown is None else parse_share(max_slowdown, "--max-slowdown", zero=True),
+                judge_by=judge_by,
                 options=Options(
                     Plan(budget_s=budget, precision=parse_share(precision, "--precision")),
                     roofline=roofline,

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from mvit_export.cli.help import COMPARE, DATA, MEASURE
-from mvit_export.cli.options import EXIT_CODES, Artifacts, Json, Quiet, Verbose, session
+from mvit_export.cli.options import EXIT_CODES, Artifacts, Json, Quiet, TrustCode, Verbose, session
 from mvit_export.cli.terminal import STYLES, Terminal, status_text
 from mvit_export.results.accuracy import AccuracyReport, ArtifactAccuracy, ReferenceAccuracy
 from mvit_export.results.status import MEASURED
@@ -49,6 +49,7 @@ def evaluate(
         int | None,
         typer.Option(help="Number of processes (one per core).", min=1, show_default=False, rich_help_panel=MEASURE),
     ] = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mvit_export.cli.help import FEW_BITS, FILES, MODEL
-from mvit_export.cli.options import EXIT_CODES, Json, Quiet, Verbose, print_verdict, session
+from mvit_export.cli.options import EXIT_CODES, Json, Quiet, TrustCode, Verbose, print_verdict, session
 from mvit_export.cli.terminal import Terminal, megabytes, status_text
 from mvit_export.errors import UsageError
 
@@ -118,6 +118,7 @@ def export(
     calibration_method: Annotated[
         str, typer.Option(help="How ranges are found: minmax, percentile or entropy.", rich_help_panel=FEW_BITS)
     ] = "minmax",
+    trust_code: TrustCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

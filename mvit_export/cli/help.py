@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 MODEL, FILES, FEW_BITS = "Model", "Files", "Few bits"
 COMPARE, MEASURE, DATA, DEVICES, OUTPUT = "Comparison", "Measurement", "Data", "Devices", "Output"
-FORMS, RECIPES = "Forms (with --latency)", "Recipes"
+FORMS, RECIPES, TRUST = "Forms (with --latency)", "Recipes", "Trust"
 
 
 class Command(TyperCommand):

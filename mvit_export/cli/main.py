@@ -23,7 +23,7 @@ from mvit_export.cli.report import report
 from mvit_export.cli.terminal import Terminal
 from mvit_export.cli.tune import tune
 from mvit_export.cli.verify import verify
-from mvit_export.errors import UsageError
+from mvit_export.errors import OutputError, UsageError
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click since 0.27
 
@@ -130,7 +130,21 @@ def main(args: list[str] | None = None) -> NoReturn:
     clean_up_when_ended()
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # since 1.29 ONNX Runtime would report models to its maker
     try:
+        os.getcwd()
+    except OSError:
+        with Terminal(as_json="--json" in arguments) as terminal:
+            terminal.error(UsageError("the working folder has been deleted; change to another"))
+        raise SystemExit(EXIT_ERROR) from None
+    try:
         code = app(arguments, standalone_mode=False, prog_name="mvit-export")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:  # help or version, which are not printed through a Terminal
+        code = EXIT_ERROR if not isinstance(error, BrokenPipeError) else 0
+        sys.stdout = None  # or Python tries again when it ends
+        if code:
+            with Terminal() as terminal:
+                terminal.error(OutputError(f"stdout cannot be written: {error.strerror or error}"))
     except ClickUsageError as error:
         with Terminal(as_json="--json" in arguments, verbose=bool({"-v", "--verbose"} & {*arguments})) as terminal:
             terminal.error(UsageError(f"{error.format_message().rstrip('.')}; see mvit-export --help"))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mvit_export.cli.help import DEVICES, OUTPUT
+from mvit_export.cli.help import DEVICES, OUTPUT, TRUST
 from mvit_export.cli.terminal import Terminal, status_text
 from mvit_export.errors import MvitExportError, UsageError
 
@@ -52,6 +52,25 @@ DevicePython = Annotated[
 ]
 
 
+def trust_if_asked(asked: bool) -> bool:
+    if asked:
+        from mvit_export.system.trust import trust_everything
+
+        trust_everything()
+    return asked
+
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        callback=trust_if_asked,
+        help="Run the Python file and read the weights that a manifest names, though you have not exported them.",
+        rich_help_panel=TRUST,
+    ),
+]
+
+
 @contextmanager
 def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
     """A Terminal in which an error becomes one line and an exit code."""
@@ -66,10 +85,21 @@ def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         except MvitExportError as error:
             terminal.error(error)
             raise typer.Exit(EXIT_ERROR) from error
+        except (OSError, MemoryError) as error:
+            terminal.error(describe_limit(error).with_traceback(error.__traceback__))
+            raise typer.Exit(EXIT_ERROR) from error
         except Exception as error:  # a bug of ours: still one line and never the exit code of a failed check
             message = f"internal error, {type(error).__name__}: {error}; -v shows where, please report it"
             terminal.error(RuntimeError(message).with_traceback(error.__traceback__))
             raise typer.Exit(EXIT_ERROR) from error
+
+
+def describe_limit(error: OSError | MemoryError) -> MvitExportError:
+    """What this machine refuses: space, rights, memory."""
+    if isinstance(error, MemoryError):
+        return MvitExportError(f"not enough memory ({error}); free some, or lift the limit (ulimit -v)")
+    what = f"{error.filename}: " if error.filename is not None else ""
+    return MvitExportError(f"{what}{error.strerror or error}; check that folders exist, space, rights and limits")
 
 
 def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:

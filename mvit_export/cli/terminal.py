@@ -5,7 +5,6 @@ Under `--json` stdout is exactly one JSON document and people read stderr; other
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -16,6 +15,10 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.text import Text
+
+from mvit_export.cli.text import error_fields, harmless, one_line, to_document
+from mvit_export.cli.watcher import Watcher
+from mvit_export.errors import OutputError
 
 STYLES = {"pass": "bold green", "fail": "bold red", "not-run": "bold yellow"}
 
@@ -39,48 +42,56 @@ class Terminal:
         )
         self.progress_console = make_console(self.stderr)
         self.console = make_console(self.stderr if self.as_json else self.stdout)
-        self._sink = tempfile.TemporaryFile()
+        self._sink = open_sink()
+        self._watcher = Watcher(
+            None if self.verbose else self._sink, self._saved[1], self._saved[0] if self.as_json else None
+        )
         target = 2 if self.verbose else self._sink.fileno()
         os.dup2(target, 1)
         os.dup2(target, 2)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._watcher.dismiss()
         flush()
         for descriptor, saved in enumerate(self._saved, start=1):
             os.dup2(saved, descriptor)
             os.close(saved)
         for stream in (self.stdout, self.stderr):
-            with suppress(BrokenPipeError):  # a reader such as `head` has gone, which does not change the verdict
+            with suppress(OSError):  # everything was flushed when it was written
                 stream.close()
         self._sink.close()
 
     def print(self, *parts: str | Text) -> None:
         """One line for people, unless `--quiet`."""
         if not self.quiet:
-            self.console.print(*parts, soft_wrap=True, highlight=False, markup=False)
+            shown = [part if isinstance(part, Text) else harmless(part) for part in parts]
+            with suppress(OSError) if self.as_json else stdout_errors():
+                self.console.print(*shown, soft_wrap=True, highlight=False, markup=False)
 
     def print_json(self, data: Any) -> None:
         """The one document of `--json`; nothing otherwise."""
         if self.as_json:
-            with suppress(BrokenPipeError):
-                self.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            with stdout_errors():
+                self.stdout.write(to_document(data))
                 self.stdout.flush()
 
     def write(self, text: str) -> None:
         """Write a requested document to stdout, even with `--quiet`."""
-        with suppress(BrokenPipeError):
-            self.stdout.write(text)
+        with stdout_errors():
+            self.stdout.write(harmless(text, keep="\n\t"))
             self.stdout.flush()
 
     def error(self, error: BaseException) -> None:
         """One line on stderr, the traceback after it with `--verbose`; under `--json` a document as well."""
         message = one_line(error)
-        self.stderr.write(f"mvit-export: error: {message}\n")
-        if self.verbose:
-            self.stderr.write("".join(traceback.format_exception(error)))
-        self.stderr.flush()
-        self.print_json({"status": "error", "error": {"type": type(error).__name__, "message": message}})
+        with suppress(OSError):
+            self.stderr.write(f"mvit-export: error: {message}\n")
+            if self.verbose:
+                self.stderr.write(harmless("".join(traceback.format_exception(error)), keep="\n"))
+            self.stderr.flush()
+        with suppress(OutputError):
+            self.print_json(error_fields(type(error).__name__, message))
 
     @contextmanager
     def progress(self, description: str) -> Iterator[Any]:
@@ -91,7 +102,7 @@ class Terminal:
         disable = self.quiet or not self.progress_console.is_terminal
         with Progress(*columns, console=self.progress_console, transient=True, disable=disable) as bar:
             task = bar.add_task(description, total=None)
-            yield lambda text: bar.update(task, description=text)
+            yield lambda text: bar.update(task, description=harmless(text))
 
 
 class PipeConsole(Console):
@@ -101,11 +112,30 @@ class PipeConsole(Console):
         self.quiet = True
 
 
+@contextmanager
+def stdout_errors() -> Iterator[None]:
+    """A reader that has gone, such as `head`, does not change the verdict; an output that is lost is an error."""
+    try:
+        yield
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
+
+
+def open_sink() -> IO[bytes]:
+    """Where what libraries print goes; nowhere if no temporary folder can be written."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "wb")
+
+
 def flush() -> None:
     """Flush both standard streams, if they exist: a parent may have closed them."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            with suppress(BrokenPipeError):
+            with suppress(OSError):
                 stream.flush()
 
 
@@ -120,10 +150,6 @@ def duplicate(descriptor: int) -> int:
 def make_console(stream: IO[str]) -> Console:
     """A console that never wraps or truncates what is piped."""
     return PipeConsole(file=stream, width=None if stream.isatty() else 10_000)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def status_text(status: str) -> Text:

@@ -10,7 +10,17 @@ from rich.text import Text
 
 from mvit_export.cli.bench import median_words
 from mvit_export.cli.help import FILES, FORMS, MEASURE, RECIPES
-from mvit_export.cli.options import EXIT_CODES, BenchmarkBinary, Device, DevicePython, Json, Quiet, Verbose, session
+from mvit_export.cli.options import (
+    EXIT_CODES,
+    BenchmarkBinary,
+    Device,
+    DevicePython,
+    Json,
+    Quiet,
+    TrustCode,
+    Verbose,
+    session,
+)
 from mvit_export.cli.terminal import Terminal, megabytes, status_text
 from mvit_export.errors import UsageError
 
@@ -81,6 +91,7 @@ def tune(
         ),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of the runtime.", min=1, rich_help_panel=MEASURE)] = 1,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

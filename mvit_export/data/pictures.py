@@ -16,7 +16,8 @@ import numpy as np
 
 from mvit_export.data.folders import list_pictures, read_image_folder
 from mvit_export.data.preprocessing import Preprocessing, to_picture
-from mvit_export.errors import UsageError, first_line
+from mvit_export.errors import UsageError, first_line, printable
+from mvit_export.system.reading import ARRAYS, PICTURE, Unreadable, check_zip, open_regular, sha256_file
 
 FEW = 8  # pictures; with fewer, calibration warns
 
@@ -60,7 +61,7 @@ class FolderPictures:
         from PIL import Image
 
         try:
-            with Image.open(self.files[index]) as image:
+            with open_regular(self.files[index], PICTURE) as file, Image.open(file) as image:
                 return to_picture(image, preprocessing)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
             raise UnreadablePicture(f"{self.files[index]}: {first_line(error)}") from error
@@ -69,7 +70,7 @@ class FolderPictures:
         return FolderPictures(self.source, tuple(self.files[index] for index in indices))
 
     def digest(self, index: int) -> bytes:
-        return hashlib.sha256(self.files[index].read_bytes()).digest()
+        return bytes.fromhex(sha256_file(self.files[index], PICTURE))
 
 
 @dataclass(frozen=True)
@@ -129,26 +130,35 @@ def open_labelled(path: str | Path) -> Labelled:
     if "labels" not in data:
         raise UsageError(f"{path} has no array `labels`, expected one class index for each of its images")
     labels, count = data["labels"], len(data["images"])
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or (labels < 0).any():
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or (labels < 0).any() or (labels > MOST_CLASSES).any():
         found_text = f"{labels.dtype} of shape {labels.shape}"
         raise UsageError(f"{path}: labels are {found_text}, expected {count} class indices from 0, one for each image")
     classes = tuple(map(str, data["classes"])) if "classes" in data else None
     return Labelled(ArrayPictures(str(path), data["images"]), labels.astype(np.int64), classes)
 
 
+MOST_CLASSES = 10**6
+NPZ_ARRAYS = ("images", "labels", "classes")  # others stay packed
+
+
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file whose `images` are uint8 (N, H, W, 3), N at least 1. Raises UsageError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+        check_zip(path, ARRAYS)
+        with open_regular(path, ARRAYS) as opened, np.load(opened, allow_pickle=False) as file:
+            data = {name: file[name] for name in NPZ_ARRAYS if name in file.files}
+            others = [name for name in file.files if name not in NPZ_ARRAYS]
+    except Unreadable as error:
+        raise UsageError(f"{path} {error.strerror}") from error
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read as .npz: {first_line(error)}") from error
     except Exception as error:  # zipfile and zlib have errors of their own
         raise UsageError(f"{path} is a damaged .npz: {first_line(error)}") from error
     images = data.get("images")
     if images is None:
-        raise UsageError(f"{path} has arrays {', '.join(data) or 'none'}, expected `images`, uint8 (N, H, W, 3) RGB")
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not len(images):
+        found = printable(", ".join([*data, *others]), 200) or "none"
+        raise UsageError(f"{path} has arrays {found}, expected `images`, uint8 (N, H, W, 3) RGB")
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:
         raise UsageError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 (N, H, W, 3) RGB, N from 1")
     return data
 

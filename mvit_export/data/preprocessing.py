@@ -10,18 +10,21 @@ Needs only numpy, and Pillow for `to_picture`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mvit_export.errors import UsageError
+from mvit_export.system.records import build
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Size = tuple[int, int]  # height, width in pixels
 CHANNEL_ORDERS = ("RGB", "BGR")
+MOST_SIDE = 2**14  # pixels of a crop
+MOST_PIXELS = 2**27  # of a picture while it is resized
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -47,6 +50,12 @@ class Preprocessing:
             raise UsageError(f"channel order is {self.channel_order!r}, expected one of {', '.join(CHANNEL_ORDERS)}")
         if self.interpolation not in INTERPOLATIONS:
             raise UsageError(f"interpolation is {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
+        if self.resize_ratio is not None and not 0.1 <= self.resize_ratio <= 10:
+            raise UsageError(f"the resize ratio is {self.resize_ratio}, expected 0.1 to 10")
+        if not all(1 <= side <= MOST_SIDE for side in self.crop):
+            raise UsageError(f"the crop is {self.crop}, expected sides of 1 to {MOST_SIDE}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+            raise UsageError(f"mean and std are {self.mean} and {self.std}, expected three each, std above 0")
 
     def with_size(self, size: Size) -> Preprocessing:
         """The same preprocessing for another crop; the resize keeps its ratio to the crop."""
@@ -57,10 +66,9 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """Rebuild from `to_json`'s dict (tuples may have become lists)."""
-        known = [f.name for f in fields(cls) if f.name in data]
-        values: dict[str, Any] = {k: tuple(data[k]) if isinstance(data[k], list) else data[k] for k in known}
-        return cls(**values)
+        """Rebuild from `to_json`'s dict. Raises ValueError or UsageError for what it does not write."""
+        found: Preprocessing = build(cls, data, "preprocessing")
+        return found
 
 
 # By weight family. Facts: ml-cvnets v0.1 and the Hugging Face image processor; timm's `mobilevit_*` configurations.
@@ -88,6 +96,8 @@ def to_picture(image: Image, preprocessing: Preprocessing) -> np.ndarray:
     from PIL import Image as PilImage
 
     height, width = resized_size((image.height, image.width), preprocessing)
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} would be resized to {width}x{height}, which is too large")
     resample = PilImage.Resampling[preprocessing.interpolation.upper()]
     resized = np.asarray(image.convert("RGB").resize((width, height), resample))  # (height, width, 3)
     crop_h, crop_w = preprocessing.crop

@@ -52,6 +52,7 @@ class Family:
     # environment or define classes anywhere, which we must not repeat.
     repeatable: bool = True
     forms: str | None = None  # the module that rewrites its blocks, see families/forms.py
+    code: Callable[[str], Path] | None = None  # the user's file that a source runs; None if it runs only installed code
 
     def settings_of(self, info: ModelInfo) -> dict[str, str]:
         """The options that a model was built with."""

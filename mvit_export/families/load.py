@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mvit_export.artifact import Manifest, find_artifacts, read_artifact
+from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo, find_artifacts, read_artifact
 from mvit_export.data.preprocessing import Size
-from mvit_export.errors import UsageError, WeightsError, require
+from mvit_export.errors import ModelError, UsageError, WeightsError, require
 from mvit_export.families.base import Family, Request
 from mvit_export.families.table import FAMILIES, OF_CHECKPOINTS, OPTIONS, VARIANTS, family_of, titles
 from mvit_export.formats.choices import choose, parse_size
 from mvit_export.models.loaded import LoadedModel, call_guarded
 from mvit_export.models.outputs import check_outputs, name_outputs, read_labels
+from mvit_export.system import trust
 from mvit_export.tasks.table import find_task
 
 Sizes = int | str | Sequence[int | str]
@@ -46,7 +47,9 @@ def load_model(
     asked = Request(variant, model, weights, pretrained, num_classes, check_options(options), seed)
     family, asked = find_family(asked, input_shape)
     check_size(family, image_size, input_shape)
+    code = code_named(family, asked.model)  # as it is before it runs
     loaded = build(family, asked)
+    trust.remember([*code, *weights_named(loaded.weights)])
     loaded = with_shapes(loaded, parse_sizes(image_size) if image_size else None, input_shape)
     return with_outputs(loaded, labels)
 
@@ -54,9 +57,11 @@ def load_model(
 def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> LoadedModel:
     """The reference for parity: rebuilt from what the manifest names, and checked to have the same weights.
 
-    `weights` says where the checkpoint is now, if it has moved. Raises MvitExportError if it cannot be rebuilt.
+    `weights` says where the checkpoint is now, if it has moved. Raises MvitExportError if it cannot be rebuilt, or
+    names code or weights that this user has not named himself, see system/trust.py.
     """
     origin, info = manifest.weights, manifest.model
+    check_trusted(info, None if weights is not None else origin)
     source: str | Path | None = weights
     if weights is None and origin.source:
         source = f"{origin.source}@{origin.revision}" if origin.revision else origin.source
@@ -78,6 +83,35 @@ def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> L
             f"{origin.state_sha256[:12]}…); pass --weights, or check with --against golden"
         )
     return replace(loaded, info=info, preprocessing=manifest.preprocessing, output_names=manifest.output_names)
+
+
+def code_named(family: Family, source: str | None) -> list[trust.Entry]:
+    """The user's file that a source would run, if any, with its sha256."""
+    if family.code is None or source is None:
+        return []
+    path = family.code(source)
+    return [(str(path), trust.digest_of(path))]
+
+
+def weights_named(origin: WeightsInfo) -> list[trust.Entry]:
+    """By name alone: whether they are still the same is checked once they are read."""
+    return [(origin.source, "")] if origin.source else []
+
+
+def check_trusted(info: ModelInfo, origin: WeightsInfo | None) -> None:
+    """Raises ModelError or WeightsError for what the manifest names and this user has not. `origin`: if it is read."""
+    for name, digest in code_named(family_of(info.source), info.source):
+        if not trust.is_trusted(name, digest):
+            raise ModelError(
+                f"the manifest names {name}, Python code that you have not exported, or that has changed since; "
+                "--trust-code runs it, --against golden does without"
+            )
+    for name, digest in weights_named(origin) if origin else ():
+        if not trust.is_trusted(name, digest):
+            raise WeightsError(
+                f"the manifest names the weights {name}, which you have not exported; pass --weights {name}, "
+                "--trust-code, or --against golden"
+            )
 
 
 def load_like(path: str | Path) -> LoadedModel:

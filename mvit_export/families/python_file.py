@@ -66,4 +66,8 @@ def _import_file(path: Path) -> Mapping[str, Any]:
     return vars(module)
 
 
-PYTHON_FILE = Family(title="a Python file", owns=lambda source: True, load=load, repeatable=False)
+def code_of(source: str) -> Path:
+    return Path(source.rpartition(":")[0]).absolute()
+
+
+PYTHON_FILE = Family(title="a Python file", owns=lambda source: True, load=load, repeatable=False, code=code_of)

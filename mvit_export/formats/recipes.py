@@ -14,18 +14,13 @@ a `use` that its format does not have for a kind, rather than doing something el
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mvit_export.errors import UsageError, first_line
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mvit_export.errors import UsageError, first_line, reason_of
+from mvit_export.system.reading import read_toml
 
 # What costs time or bytes in a vision network.
 KINDS = {
@@ -99,11 +94,11 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe file. Raises UsageError if it is not one, naming what is wrong."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = read_toml(path)
         return make_recipe({"name": path.stem, **data})
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--recipe {path} cannot be read: {first_line(error)}") from error
-    except (tomllib.TOMLDecodeError, UsageError, TypeError) as error:
+        raise UsageError(f"--recipe {path} cannot be read: {reason_of(error)}") from error
+    except (ValueError, UsageError, TypeError) as error:
         raise UsageError(f"--recipe {path} is not a recipe: {first_line(error)}") from error
 
 

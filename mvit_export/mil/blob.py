@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mvit_export.errors import ArtifactError
+from mvit_export.system.reading import WEIGHTS, check_regular
 
 HEADER = struct.Struct("<II")
 METADATA = struct.Struct("<IIQQQ")
@@ -69,6 +70,10 @@ class BlobFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        try:
+            check_regular(path, WEIGHTS)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
         size = path.stat().st_size
         if size < BLOCK:
             raise ArtifactError(f"{path} is damaged: {size} bytes, a weight blob has {BLOCK} or more; export it again")

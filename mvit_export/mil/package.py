@@ -7,12 +7,12 @@ start at `Data/`, paths in the model start at `@model_path/`, the folder of the 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mvit_export.errors import ArtifactError, printable, require
+from mvit_export.system.reading import MODEL, WEIGHTS, open_regular, read_bytes, read_json
 
 if TYPE_CHECKING:
     from coremltools.proto.MIL_pb2 import Function
@@ -70,7 +70,7 @@ def check_kind(path: Path) -> None:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist, expected a folder NAME.mlpackage")
     if path.is_file():
-        with path.open("rb") as file:
+        with open_regular(path, WEIGHTS) as file:
             kind = "a zip file: unpack it first" if file.read(4) == b"PK\x03\x04" else "a file"
         if path.suffix == ".mlmodel":
             kind = "a single .mlmodel file (the old neural network format): convert it to an ML Program"
@@ -100,8 +100,10 @@ def find_model(path: Path) -> Path:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / "Manifest.json").read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+        manifest = read_json(path / "Manifest.json")
+    except OSError as error:
+        raise ArtifactError(f"{path}/Manifest.json cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ArtifactError(f"{path}/Manifest.json is damaged: it is not JSON; export it again") from error
     if not isinstance(manifest, dict):
         raise ArtifactError(f"{path}/Manifest.json is damaged: it is not a JSON object; export it again")
@@ -127,7 +129,7 @@ def parse_model(path: Path) -> Model:
     from google.protobuf.message import DecodeError
 
     try:
-        return Model.FromString(path.read_bytes())
+        return Model.FromString(read_bytes(path, MODEL))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
     except DecodeError as error:

@@ -5,7 +5,6 @@ The first bytes say what a file is; the suffix is no evidence. Which network the
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import warnings
@@ -20,6 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvit_export.errors import WeightsError
+from mvit_export.system.reading import (
+    GB,
+    UNPACKED,
+    WEIGHTS,
+    Unreadable,
+    check_regular,
+    check_zip,
+    open_regular,
+    sha256_file,
+)
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one found in a model folder is read
 WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema_model_state_dict", "model_ema")
@@ -53,7 +62,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         try:
             kind = file_kind(path)
             tensors, metadata = read_safetensors(path) if kind == "safetensors" else (read_pickle(path), {})
-            return Checkpoint(tensors, file_sha256(path), metadata)
+            return Checkpoint(tensors, sha256_file(path), metadata)
         except OSError as error:
             raise WeightsError(f"cannot be read ({error.strerror or error}): check the path and its rights") from error
 
@@ -64,7 +73,7 @@ def file_kind(path: Path) -> str:
         raise WeightsError("no such file, expected a checkpoint: check the path")
     if not path.is_file():
         raise WeightsError("not a regular file, expected a checkpoint (.safetensors, .pt, .pth, .bin)")
-    with path.open("rb") as file:
+    with open_regular(path, WEIGHTS) as file:
         head = file.read(512)
     if not head:
         raise WeightsError(f"the file is empty, expected a checkpoint: {DOWNLOAD_AGAIN}")
@@ -82,6 +91,7 @@ def file_kind(path: Path) -> str:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        check_regular(path, WEIGHTS)
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             metadata = dict(file.metadata() or {})
@@ -96,9 +106,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         # Given a path, torch would go by its suffix. Its warnings are about how the file was written.
-        with path.open("rb") as file, warnings.catch_warnings():
+        check_zip(path, max(GB, UNPACKED * path.stat().st_size))
+        with open_regular(path, WEIGHTS) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except Unreadable as error:
+        raise WeightsError(f"{error.strerror}: {DOWNLOAD_AGAIN}") from error
     except pickle.UnpicklingError as error:
         raise WeightsError(refusal(str(error))) from error
     except Exception as error:  # damaged bytes fail anywhere in torch, by anything from struct.error to AssertionError
@@ -141,14 +154,6 @@ def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     if not all(key.startswith(prefix) for key in tensors):
         return tensors
     return {key.removeprefix(prefix): value for key, value in tensors.items()}
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def find_weights(folder: Path) -> Path:

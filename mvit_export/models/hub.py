@@ -7,7 +7,6 @@ huggingface_hub documents them.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mvit_export.errors import HubError, require
+from mvit_export.system.reading import sha256_file
 
 DEADLINE_S = 6.0  # for the hub's first answer, name lookup included
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one that the repository has
@@ -146,7 +146,7 @@ def check_digest(path: Path) -> None:
     blob = path.resolve()
     if len(blob.name) != 64:  # a small file (git's hash), or a file system without links
         return
-    digest = hashlib.sha256(blob.read_bytes()).hexdigest()
+    digest = sha256_file(blob)
     if digest != blob.name:
         raise HubError(f"{blob} is damaged: its sha256 is {digest}, expected its name; delete it and try again")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,14 +39,32 @@ class LoadedModel:
 def call_guarded(call: Callable[[], Any], what: str) -> Any:
     """Run a user's code; anything it raises becomes a one-line ModelError (the traceback is shown with -v).
 
-    That includes SystemExit: a script's own exit code must not pass for ours.
+    That includes SystemExit and os._exit: a script's own exit code must not pass for ours.
     """
     try:
-        return call()
-    except MvitExportError:
+        with no_silent_end():
+            return call()
+    except (MvitExportError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ModelError(f"{what} raised {type(error).__name__}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def no_silent_end() -> Iterator[None]:
+    """os._exit raises SystemExit in this process; processes that are forked from it keep theirs."""
+    end, own = os._exit, os.getpid()
+
+    def raise_exit(code: int) -> None:
+        if os.getpid() != own:
+            end(code)
+        raise SystemExit(f"os._exit({code})")
+
+    os._exit = raise_exit  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = end
 
 
 @contextlib.contextmanager

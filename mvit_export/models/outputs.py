@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvit_export.errors import ModelError, UsageError
+from mvit_export.errors import ModelError, UsageError, reason_of
+from mvit_export.system.reading import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +52,10 @@ def read_labels(labels: str | Path | Sequence[str], num_classes: int | None) -> 
     if isinstance(labels, (str, Path)):
         where = str(labels)
         try:
-            names = tuple(line.strip() for line in Path(labels).read_text(encoding="utf-8-sig").rstrip().splitlines())
+            names = tuple(line.strip() for line in read_text(labels, encoding="utf-8-sig").rstrip().splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
-                f"{where} cannot be read as labels ({error}), expected UTF-8 text, one per line"
+                f"{where} cannot be read as labels ({reason_of(error)}), expected UTF-8 text, one per line"
             ) from error
     else:
         where, names = "labels", tuple(labels)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mvit_export.artifact import MANIFEST, Artifact, TensorSpec, find_artifacts, read_artifact
+from mvit_export.errors import ArtifactError, MvitExportError, first_line
 from mvit_export.formats.coreml import COREML
 from mvit_export.readers.session import reader_of
 
@@ -29,10 +31,22 @@ def inspect_package(path: Path) -> dict[str, Any]:
     return {"path": str(path), "format": PACKAGE.name, "bytes": size, **contents}
 
 
+@contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """Parsers of formats end in any exception on a damaged file."""
+    try:
+        yield
+    except (MvitExportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}; export again") from error
+
+
 def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
     """The JSON record of `mvit-export inspect`. Raises MissingDependencyError without the format's package."""
     manifest = artifact.manifest
-    contents = reader_of(manifest.format).read_contents(artifact.model_path)
+    with damage(artifact.model_path):
+        contents = reader_of(manifest.format).read_contents(artifact.model_path)
     return {
         "path": str(artifact.path),
         "model": manifest.to_json()["model"] | {"labels": len(manifest.model.labels or ())},

@@ -15,6 +15,7 @@ from mvit_export.errors import first_line, require
 from mvit_export.formats.onnx import ORT_SUFFIX
 from mvit_export.readers.session import Chains, Intermediate, Opener, Session, labels_of, make_contents, open_in
 from mvit_export.runner.run_onnxruntime import session_options
+from mvit_export.system.reading import MODEL, check_regular, read_bytes
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # torch's exporter writes it: a node's modules, outermost first
 WRAPPER = "model"  # the attribute of the exported wrapper that holds the network
@@ -35,6 +36,7 @@ def read_layers(path: Path, array: np.ndarray, chains: Chains) -> Iterator[Inter
     """Run a copy of the graph, not optimised, in which every node's outputs are outputs of the graph."""
     onnx = require("onnx", extra="onnx", purpose="to read the layers of ONNX files")
     ort = require("onnxruntime", extra="onnx", purpose="to run ONNX files")
+    check_regular(path, MODEL)
     model = onnx.load(str(path))
     prevent_saturation(onnx, model.graph)
     nodes = {name: node for node in model.graph.node for name in node.output if name}
@@ -81,6 +83,7 @@ def read_contents(path: Path) -> dict[str, Any]:
     if path.suffix == ORT_SUFFIX:
         return read_ort(path)
     onnx = require("onnx", extra="onnx", purpose="to inspect ONNX files")
+    check_regular(path, MODEL)
     model = onnx.load(str(path), load_external_data=False)
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     contents = make_contents(
@@ -94,7 +97,7 @@ def read_ort(path: Path) -> dict[str, Any]:
     require("onnxruntime", extra="onnx", purpose="to inspect .ort files")
     from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs.InferenceSession import InferenceSession
 
-    session = InferenceSession.GetRootAs(path.read_bytes(), 0)
+    session = InferenceSession.GetRootAs(read_bytes(path, MODEL), 0)
     graph = session.Model().Graph()
     operators = Counter(graph.Nodes(index).OpType().decode() for index in range(graph.NodesLength()))
     contents = make_contents({"ort_format_version": session.OrtVersion().decode()}, operators)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mvit_export.artifact import Artifact
-from mvit_export.errors import require
+from mvit_export.errors import ArtifactError, require
 from mvit_export.readers.session import (
     Chains,
     Intermediate,
@@ -22,7 +22,8 @@ from mvit_export.readers.session import (
     open_in,
     refusals,
 )
-from mvit_export.runner.run_litert import find_litert
+from mvit_export.runner.run_litert import find_litert, packed_labels
+from mvit_export.system.reading import MODEL, check_regular
 
 WRAPPER = "model"  # the attribute of the exported wrapper that holds the network
 
@@ -36,6 +37,15 @@ def open_tflite(artifact: Artifact) -> Session:
     """LiteRT on its CPU kernels (XNNPACK): ai-edge-litert, else its predecessor tflite-runtime."""
     runtime, opened = open_in("litert", artifact)
     return Session(f"{runtime.name} {runtime.version} CPU", opened.call, labels_of(opened))
+
+
+def stored_labels(artifact: Artifact) -> tuple[str, ...] | None:
+    """The labels that are packed into the file, for runtimes that do not read them."""
+    try:
+        labels = packed_labels(str(artifact.model_path))
+    except ValueError as error:
+        raise ArtifactError(f"{artifact.model_path}: {error}; export again") from error
+    return None if labels is None else tuple(labels)
 
 
 def litert_runtime() -> tuple[str, str, Any]:
@@ -91,6 +101,7 @@ def read_contents(path: Path) -> dict[str, Any]:
 
     from mvit_export.readers.tflite_graph import count_uses, read_graph
 
+    check_regular(path, MODEL)
     model = flatbuffer_utils.read_model(str(path))
     names = [flatbuffer_utils.opcode_to_name(model, index) for index in range(len(model.operatorCodes))]
     operators = Counter(names[op.opcodeIndex] for graph in model.subgraphs for op in graph.operators)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_export.errors import require
+from mvit_export.system.reading import MODEL, check_regular
 
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL")
 CONVERSIONS = ("QUANTIZE", "DEQUANTIZE", "CAST")
@@ -84,6 +85,7 @@ def read_graph(path: Path) -> Graph:
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.tools import flatbuffer_utils
 
+    check_regular(path, MODEL)
     model = flatbuffer_utils.read_model(str(path))
     types = {value: name for name, value in vars(schema.TensorType).items() if not name.startswith("_")}
     names = [flatbuffer_utils.opcode_to_name(model, index) for index in range(len(model.operatorCodes))]

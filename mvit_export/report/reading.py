@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections import Counter
@@ -18,6 +17,7 @@ from mvit_export.results.fields import Record, tidy
 from mvit_export.results.latency import LatencyReport, Measurement
 from mvit_export.results.parity import ParityReport, ParityResult
 from mvit_export.results.status import FAIL, MEASURED, NOT_RUN, PASS, worst_status
+from mvit_export.system.reading import RECORDS, read_json
 
 Row = TypeVar("Row", Measurement, ArtifactAccuracy, ParityResult)
 Found = TypeVar("Found")
@@ -244,12 +244,12 @@ def read_file(
 ) -> tuple[tuple[Found, ...], str | None]:
     """(the records of one JSON file, None), or (nothing, why there is nothing)."""
     try:
-        records = read(json.loads(path.read_text(encoding="utf-8")))
+        records = read(read_json(path, RECORDS))
     except FileNotFoundError:
         return (), f"{absent}: there is no {path.name}"
     except OSError as error:
         return (), f"{path.name} cannot be read: {error.strerror}"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return (), f"{path.name} is damaged: {first_line(error)}"
     return (records, None) if records else ((), f"{path.name} has no entry for this artifact")
 

@@ -113,6 +113,9 @@ class Measurement(Record):
     profile: tuple[OpTime, ...] | None = None
     placement: Mapping[str, int] | None = None  # Core ML's plan: operations by device
     samples_ms: tuple[float, ...] = ()
+    cpu_median_ms: float | None = None  # what all threads of the process used
+    cpu_samples_ms: tuple[float, ...] = ()
+    involuntary_per_s: float | None = None  # how often a core was taken from it, by second of the samples
     warnings: tuple[str, ...] = ()
     baseline: Slowdown | None = None
 
@@ -121,10 +124,15 @@ class Measurement(Record):
         count = self.samples_per_round or 1
         return [self.samples_ms[start : start + count] for start in range(0, len(self.samples_ms), count)]
 
+    @property
+    def cpu_by_round(self) -> list[tuple[float, ...]]:
+        count = self.samples_per_round or 1
+        return [self.cpu_samples_ms[start : start + count] for start in range(0, len(self.cpu_samples_ms), count)]
+
     def to_json(self) -> dict[str, Any]:
-        """`baseline` is present only if the row was compared with one."""
-        data = super().to_json()
-        return data if self.baseline else {key: value for key, value in data.items() if key != "baseline"}
+        """`baseline` is present only if the row was compared with one, CPU times only if they are known."""
+        left_out = ("baseline", "cpu_median_ms", "cpu_samples_ms", "involuntary_per_s")
+        return {key: value for key, value in super().to_json().items() if value or key not in left_out or value == 0}
 
     @classmethod
     def from_json(cls, row: Fields) -> Measurement:
@@ -154,6 +162,7 @@ class Measurement(Record):
             profile=row.records("profile", OpTime.from_json),
             placement=placement.data if placement else None,
             samples_ms=row.numbers("samples_ms"),
+            cpu_samples_ms=row.numbers("cpu_samples_ms"),
             warnings=row.texts("warnings"),
             baseline=row.record("baseline", Slowdown.from_json),
         )
@@ -166,7 +175,7 @@ class Measurement(Record):
 
 FIGURES = (
     "macs", "params", "bytes", "load_ms", "load_warm_ms", "first_ms", "median_ms", "p90_ms", "p99_ms", "min_ms",
-    "peak_rss_mb",
+    "peak_rss_mb", "cpu_median_ms", "involuntary_per_s",
 )  # fmt: skip
 
 

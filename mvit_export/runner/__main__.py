@@ -22,7 +22,16 @@ import time
 from typing import IO, Any, Callable
 
 from .common import Adapter, Call, Refusal, np, one_line
-from .machine import allowed_cpus, cpu_name, evict, found_runtimes, load_average, memory_mb, pin_to
+from .machine import (
+    allowed_cpus,
+    cpu_name,
+    evict,
+    found_runtimes,
+    involuntary_switches,
+    load_average,
+    memory_mb,
+    pin_to,
+)
 
 ADAPTERS = {  # runtime: (file of this folder, class); each is imported when requested
     "onnxruntime": ("run_onnxruntime", "OnnxRuntime"),
@@ -44,8 +53,10 @@ def find_adapter(runtime: str, threads: int) -> Adapter:
 class Runner:
     """The state of one process: at most one open model and its input array."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, cpu_clock: Callable[[], float] = time.process_time
+    ) -> None:
+        self.clock, self.cpu_clock = clock, cpu_clock
         self.call: Call | None = None
         self.array: Any = None
         self.base_mb = 0.0
@@ -102,14 +113,21 @@ class Runner:
     def do_sample(self, count: int) -> dict[str, Any]:
         """`count` times in ms, after one untimed run that brings caches back from whatever ran in between.
 
+        `cpu_ms` is what all threads of this process used meanwhile; `involuntary`, how often another one was preferred.
+
         Answers once the runtime's own threads are asleep, so that the next process has the cores to itself.
         """
         gc.disable()
         try:
             self.time_one()
-            found: dict[str, Any] = {"ms": [self.time_one() for _ in range(count)]}
+            before = involuntary_switches()
+            times = [self.time_both() for _ in range(count)]
+            after = involuntary_switches()
         finally:
             gc.enable()
+        found: dict[str, Any] = {"ms": [wall for wall, _ in times], "cpu_ms": [cpu for _, cpu in times]}
+        if before is not None and after is not None:
+            found["involuntary"] = after - before
         return found if become_idle() else {**found, "restless": True}
 
     def do_finish(self) -> dict[str, Any]:
@@ -152,6 +170,12 @@ class Runner:
         start = self.clock()
         self.call(self.array)
         return 1e3 * (self.clock() - start)
+
+    def time_both(self) -> tuple[float, float]:
+        """Wall and CPU time of one run, in ms."""
+        start = self.cpu_clock()
+        wall = self.time_one()
+        return wall, 1e3 * (self.cpu_clock() - start)
 
 
 def become_idle() -> bool:

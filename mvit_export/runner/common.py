@@ -72,6 +72,13 @@ def distribution_version(name: str) -> str:
         return ""
 
 
+def check_labels(labels: Any) -> list[str]:
+    """Raises ValueError for what a file has in their place."""
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError("the labels in it are not a list of texts")
+    return labels
+
+
 def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -47,6 +47,15 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
+def involuntary_switches() -> int | None:
+    """How often a core was taken from this process so far; None where the system does not count it."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def memory_mb(*, peak: bool = False) -> float:
     """Resident memory of this process. Linux's ru_maxrss would count the parent's, which exec does not reset."""
     try:

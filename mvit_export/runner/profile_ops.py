@@ -1,6 +1,6 @@
 """Where the time of one inference goes, by op type, as the runtime's own profiler counts it.
 
-With the rest of this folder it is copied to devices that have numpy and a runtime (Python 3.8 or newer).
+Self-contained: it may be copied to a device that has numpy and a runtime (Python 3.8 or newer).
 
 A profile is a list of rows {"type", "ms", "share", "count"}, largest first. `ms` is the time of all ops of a type in
 one inference, the mean over the faster half of the runs; `count` is how many there are in the graph that runs (after
@@ -26,8 +26,6 @@ from typing import Any, Dict, Tuple
 
 import numpy as np
 
-from .run_onnxruntime import session_options
-
 WARM_UP = 3
 RUNTIME = "(runtime)"
 # By their old names, which Python 3.8 can subscript outside of annotations
@@ -39,10 +37,18 @@ class ProfilerUnavailable(RuntimeError):
     """The runtime here has no working profiler; the message says why."""
 
 
-def profile_onnx(model_path: str, feeds: Mapping[str, np.ndarray], *, threads: int = 1, runs: int = 20) -> list[Row]:
+def profile_onnx(
+    model_path: str,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    threads: int = 1,
+    runs: int = 20,
+    settings: Mapping[str, str] | None = None,
+) -> list[Row]:
     """Profile ONNX Runtime's CPU provider. Types are those of the optimised graph, e.g. FusedMatMul, QuickGelu.
 
-    Its profiler adds some microseconds to every node: many small nodes, such as reshapes, look slower than they are.
+    `settings` are entries of the session's configuration. The profiler adds some microseconds to every node: many small
+    nodes, such as reshapes, look slower than they are.
     """
     try:
         import onnxruntime as ort
@@ -50,7 +56,10 @@ def profile_onnx(model_path: str, feeds: Mapping[str, np.ndarray], *, threads: i
         raise ProfilerUnavailable(f"onnxruntime does not import ({error})") from error
 
     def session(prefix: Path | None) -> Any:
-        options = session_options(ort, threads)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        for name, value in (settings or {}).items():
+            options.add_session_config_entry(name, value)
         if prefix is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(prefix)
         return ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 import os
 import zipfile
+import zlib
 from typing import Any
 
 from .common import Adapter, Opened, Refusal, distribution_version, np, one_line
 
 FORCE_FP16 = 4  # TFLITE_XNNPACK_DELEGATE_FLAG_FORCE_FP16
+MOST_LABEL_BYTES = 16 * 10**6
 MODULES = (("ai-edge-litert", "ai_edge_litert"), ("tflite-runtime", "tflite_runtime"))  # the successor first
 
 
@@ -109,9 +111,17 @@ def load_delegate(module: Any, library: str) -> Any:
 
 
 def packed_labels(path: str) -> list[str] | None:
-    """TFLite metadata packs its label file as a zip at the end of the model."""
+    """TFLite metadata packs its label file as a zip at the end of the model. Raises ValueError for a damaged one."""
+    if not zipfile.is_zipfile(path):
+        return None
     try:
         with zipfile.ZipFile(path) as packed:
-            return packed.read("labels.txt").decode("utf-8").splitlines()
-    except (zipfile.BadZipFile, KeyError):
+            entry = packed.getinfo("labels.txt")
+            if entry.file_size > MOST_LABEL_BYTES:
+                raise ValueError(f"the labels in it unpack to {entry.file_size:,} bytes")
+            return packed.read(entry).decode("utf-8").splitlines()
+    except KeyError:
         return None
+    # encrypted, or damaged further in
+    except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"the labels in it cannot be unpacked ({one_line(error)})") from error

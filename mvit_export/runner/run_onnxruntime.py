@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .common import Adapter, Opened, Refusal, import_runtime
+from .common import Adapter, Opened, Refusal, check_labels, import_runtime
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider", "xnnpack": "XnnpackExecutionProvider", "coreml": "CoreMLExecutionProvider",
@@ -32,9 +32,13 @@ def session_options(ort: Any, threads: int) -> Any:
     those of the file. ARM and VNNI add in 32 bits. The option: https://github.com/microsoft/onnxruntime/pull/12088
     """
     options = plain_options(ort, threads)
-    if saturates(ort):
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    for name, value in settings_of(ort).items():
+        options.add_session_config_entry(name, value)
     return options
+
+
+def settings_of(ort: Any) -> dict[str, str]:
+    return {"session.x64quantprecision": "1"} if saturates(ort) else {}
 
 
 def plain_options(ort: Any, threads: int) -> Any:
@@ -42,6 +46,14 @@ def plain_options(ort: Any, threads: int) -> Any:
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     return options
+
+
+def read_labels(text: str | None) -> list[str] | None:
+    """Raises ValueError for metadata that is no JSON list of texts."""
+    try:
+        return check_labels(json.loads(text)) if text else None
+    except RecursionError as error:
+        raise ValueError("the labels in it are nested too deep") from error
 
 
 @lru_cache(maxsize=None)
@@ -72,13 +84,13 @@ class OnnxRuntime(Adapter):
             )
         (name,) = [node.name for node in session.get_inputs()]
         names = [node.name for node in session.get_outputs()]
-        labels = session.get_modelmeta().custom_metadata_map.get("labels")
+        labels = read_labels(session.get_modelmeta().custom_metadata_map.get("labels"))
 
         def call(array: Any) -> dict[str, Any]:
             return dict(zip(names, session.run(names, {name: array})))
 
         executed = self.provider.replace("ExecutionProvider", "")
-        return Opened(call, executed, json.loads(labels) if labels else None)
+        return Opened(call, executed, labels)
 
     def start(self, path: str) -> Any:
         options = session_options(self.ort, self.threads)
@@ -94,6 +106,6 @@ class OnnxRuntime(Adapter):
         from .profile_ops import ProfilerUnavailable, profile_onnx
 
         try:
-            return profile_onnx(path, feeds, threads=self.threads, runs=runs)
+            return profile_onnx(path, feeds, threads=self.threads, runs=runs, settings=settings_of(self.ort))
         except ProfilerUnavailable as error:
             raise Refusal("unavailable", str(error)) from error

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows has no flock; the converters do not run there either
     fcntl = None  # type: ignore[assignment]
 
-SUFFIX = ".partial"
+SUFFIX = ".mvit-export.partial"  # our mark: folders of other programs are not swept up
 PATIENCE = 0.5  # seconds; a run that only looks for leftovers holds a lock for less
 
 

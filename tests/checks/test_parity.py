@@ -23,9 +23,10 @@ from mvit_export.checks import parity
 from mvit_export.checks.figures import measure, violations, worst
 from mvit_export.checks.inputs import make_cases
 from mvit_export.converters.coreml.convert import CoreMLForm
-from mvit_export.errors import ArtifactError, UsageError, WeightsError
+from mvit_export.errors import ArtifactError, ModelError, UsageError, WeightsError
 from mvit_export.formats.base import Tolerance
 from mvit_export.formats.table import FORMATS
+from mvit_export.system.trust import TRUST_ALL
 from mvit_export.tasks.classification import CLASSIFICATION
 
 
@@ -186,15 +187,14 @@ def test_mutated_file_fails(mutate: Callable[[nn.Module], None], fmt: str, tiny_
 @pytest.mark.parametrize("fmt", ["onnx", "tflite"])
 def test_shuffled_labels_fail(fmt: str, tmp_path: Path) -> None:
     model = load_model(model=TINY, labels=LABELS)
-    shuffled = replace(model, info=replace(model.info, labels=(LABELS[1], LABELS[0], *LABELS[2:])))
-    (good,) = export(model, to=fmt, out=tmp_path / "good")
+    (good,) = export(model, to=fmt, out=tmp_path)
     assert good.parity is not None
     assert good.parity.status == "pass"
-    (bad,) = export(shuffled, to=fmt, out=tmp_path / "bad", verify=False)
-    rewrite_manifest(bad.artifact.path, lambda data: data["model"].update(labels=list(LABELS)))
-    (result,) = verify(bad.artifact.path)
+    shuffled = [LABELS[1], LABELS[0], *LABELS[2:]]
+    rewrite_manifest(good.artifact.path, lambda data: data["model"].update(labels=shuffled))
+    (result,) = verify(good.artifact.path)
     assert result.status == "fail"
-    assert result.reason == "label 0 is 'digit 1' in the file, 'digit 0' in the manifest"
+    assert result.reason == "label 0 is 'digit 0' in the file, 'digit 1' in the manifest"
 
 
 def negated_probabilities(self: CoreMLForm, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -320,7 +320,7 @@ def test_golden_check_notices_a_wrong_vector(tiny_model: Any, tmp_path: Path) ->
     assert verify(artifact.path)[0].status == "pass"
 
 
-def test_reference_is_rebuilt_and_must_be_the_same(tmp_path: Path) -> None:
+def test_reference_is_rebuilt_and_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that gives other weights than it did at the export is an error, not a failed or passed check."""
     source = tmp_path / "net.py"
     text = "import torch\nfrom torch import nn\n"
@@ -329,6 +329,9 @@ def test_reference_is_rebuilt_and_must_be_the_same(tmp_path: Path) -> None:
     model = load_model(model=f"{source}:net", input_shape=(1, 3, 2, 2))
     (result,) = export(model, to="onnx", out=tmp_path, verify=False)
     source.write_text(text.format(2))
+    with pytest.raises(ModelError, match="that you have not exported, or that has changed since"):
+        verify(result.artifact.path)
+    monkeypatch.setenv(TRUST_ALL, "1")
     with pytest.raises(WeightsError, match="gives other weights than were exported"):
         verify(result.artifact.path)
     assert verify(result.artifact.path, against="golden")[0].status == "pass"

@@ -47,8 +47,7 @@ def test_tiny_passes(tiny_artifact: Callable[..., Path], fmt: str, precision: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("variant", ["xxs", "xs", "s"])
+@pytest.mark.parametrize(("variant", "precision"), [("xs", "fp16"), ("s", "fp32")])
 def test_variants_pass_in_every_format(variant: str, precision: str, tmp_path: Path) -> None:
     """Random statistics and biases, so that nothing that is dropped goes unnoticed; saved and loaded on the way."""
     weights = tmp_path / "weights.safetensors"
@@ -98,9 +97,9 @@ BY_HAND = {"onnx": run_onnx, "tflite": run_tflite}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("input", ["tensor", "image"])
+@pytest.mark.parametrize(("input", "fmt"), [("tensor", "onnx"), ("image", "tflite")])
 def test_transformers_checkpoint_gives_transformers_logits(
-    input: str, cli: Callable[..., Finished], tmp_path: Path
+    input: str, fmt: str, cli: Callable[..., Finished], tmp_path: Path
 ) -> None:
     """Saved by transformers, exported by the command, run by hand on a photograph: transformers' own answer.
 
@@ -124,12 +123,11 @@ def test_transformers_checkpoint_gives_transformers_logits(
     bgr = np.ascontiguousarray(picture[None, :, :, ::-1].transpose(0, 3, 1, 2), np.float32) / np.float32(255)
     with torch.no_grad():
         expected = oracle(torch.from_numpy(bgr)).logits.numpy()
-    done = cli("--to", "onnx,tflite", "--weights", tmp_path / "hf", "--input", input, "--out", tmp_path)
+    done = cli("--to", fmt, "--weights", tmp_path / "hf", "--input", input, "--out", tmp_path, "--no-verify")
     assert done.code == 0, done.err
-    for fmt, run in BY_HAND.items():
-        file = tmp_path / f"mobilevit_xxs/{fmt}-fp32/mobilevit_xxs.{fmt}"
-        logits = run(file, picture[None] if input == "image" else bgr)
-        assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    file = tmp_path / f"mobilevit_xxs/{fmt}-fp32/mobilevit_xxs.{fmt}"
+    logits = BY_HAND[fmt](file, picture[None] if input == "image" else bgr)
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def center_crop(photo: Image.Image, *, short_side: int, crop: int) -> np.ndarray:

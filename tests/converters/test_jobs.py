@@ -318,7 +318,7 @@ def test_nothing_is_left_where_nothing_was_finished(tmp_path: Path) -> None:
 
 def test_a_process_that_still_writes_is_ended_before_its_folder_goes(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    begun = out / ".a.partial" / "file"
+    begun = out / ".a.mvit-export.partial" / "file"
     works = [artifact(out / "a", Scribble), artifact(out / "b", lambda _: Refuse(UsageError("no"), begun))]
     with pytest.raises(UsageError, match=r"^no$"), crew_of(2) as crew, no_empty_folders(out):
         crew.do(works, [0, 1])
@@ -399,7 +399,7 @@ def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         try:
-            wait_until(lambda: not any(alive(pid) for pid in below), seconds=10)
+            wait_until(lambda: not any(alive(pid) for pid in below))
         finally:
             kill(*below)
 

@@ -249,8 +249,8 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
 def test_hidden_old_directory_comes_back_before_the_next_run_looks(tmp_path: Path) -> None:
     """After a kill between two renames the place is free in name only: the old artifact still counts as existing."""
     place = tmp_path / "x"
-    write(tmp_path / ".x.partial.old", "old")
-    write(tmp_path / ".x.partial", "new")
+    write(tmp_path / ".x.mvit-export.partial.old", "old")
+    write(tmp_path / ".x.mvit-export.partial", "new")
     with pytest.raises(ArtifactError, match="exists; pass --overwrite"), staged_directory(place, overwrite=False):
         pytest.fail("the block must not run")
     assert generation(place) == "old"
@@ -303,9 +303,9 @@ def test_leftovers_of_other_targets_are_swept_but_not_living_runs(tmp_path: Path
     living = start("hold", tmp_path / "living", "living")
     assert living.stdout is not None
     living.stdout.readline()
-    fill(tmp_path / ".dead.partial", "dead")
+    fill(tmp_path / ".dead.mvit-export.partial", "dead")
     write(tmp_path / "x", "new")
-    assert names(tmp_path) == [".living.partial", "x"]
+    assert names(tmp_path) == [".living.mvit-export.partial", "x"]
     assert tell(living) == (0, "")
     assert generation(tmp_path / "living") == "living"
     assert names(tmp_path) == ["living", "x"]
@@ -315,7 +315,7 @@ def test_leftover_of_a_run_that_dies_just_now_is_not_built_upon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies after the sweep and before the claim."""
-    monkeypatch.setattr(staging, "_sweep", lambda parent: fill(tmp_path / ".x.partial" / "deep", "dead"))
+    monkeypatch.setattr(staging, "_sweep", lambda parent: fill(tmp_path / ".x.mvit-export.partial" / "deep", "dead"))
     write(tmp_path / "x", "new")
     assert generation(tmp_path / "x") == "new"
 
@@ -335,7 +335,7 @@ def test_old_directory_of_a_living_run_is_not_swept(tmp_path: Path, monkeypatch:
 
     def rename_with_visit(self: Path, target: Path) -> Path:
         result = rename(self, target)
-        if self.name in ("x", ".x.partial") and not visits.count(self.name):
+        if self.name in ("x", ".x.mvit-export.partial") and not visits.count(self.name):
             visits.append(self.name)
             monkeypatch.setattr(Path, "rename", rename)
             write(tmp_path / f"visitor-{len(visits)}", "visitor")
@@ -345,17 +345,22 @@ def test_old_directory_of_a_living_run_is_not_swept(tmp_path: Path, monkeypatch:
     write(tmp_path / "x", "old")
     monkeypatch.setattr(Path, "rename", rename_with_visit)
     write(tmp_path / "x", "new")
-    assert visits == ["x", ".x.partial"]
+    assert visits == ["x", ".x.mvit-export.partial"]
     assert generation(tmp_path / "x") == "new"
     assert names(tmp_path) == ["visitor-1", "visitor-2", "x"]
 
 
 def test_what_looks_like_a_leftover_but_is_none_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / ".download.partial").write_text("a file of the user's")
-    (tmp_path / ".link.partial").symlink_to(tmp_path.parent)
-    os.mkfifo(tmp_path / ".pipe.partial")  # opening one waits for a writer
+    (tmp_path / ".download.mvit-export.partial").write_text("a file of the user's")
+    (tmp_path / ".link.mvit-export.partial").symlink_to(tmp_path.parent)
+    os.mkfifo(tmp_path / ".pipe.mvit-export.partial")  # opening one waits for a writer
     assert tell(start("write", tmp_path / "x", "new")) == (0, "")
-    assert names(tmp_path) == [".download.partial", ".link.partial", ".pipe.partial", "x"]
+    assert names(tmp_path) == [
+        ".download.mvit-export.partial",
+        ".link.mvit-export.partial",
+        ".pipe.mvit-export.partial",
+        "x",
+    ]
 
 
 def test_without_exchange_overwrite_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +416,7 @@ def test_everything_is_synced_before_it_appears(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", record)
     write(place, "new")
     before = {path for path, appeared in synced if not appeared}
-    hidden = tmp_path / ".x.partial"
+    hidden = tmp_path / ".x.mvit-export.partial"
     contents = [hidden / name for name in (*FILES, "model.mlpackage", "model.mlpackage/Data")]
     assert before == {str(path) for path in [hidden, *contents]}
     assert (str(tmp_path), True) in synced, "the rename itself"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mvit_export.data.preprocessing import FAMILY_PREPROCESSING, Preprocessing, Size
-from mvit_export.errors import WeightsError
+from mvit_export.errors import WeightsError, reason_of
 from mvit_export.families.mobilevit.network import EPS, HEADS, MobileViTConfig
+from mvit_export.system.reading import read_json as load_json
 
 Json = Mapping[str, Any]
 PIL_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -22,11 +23,11 @@ PIL_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`, or None if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:  # ValueError covers bad JSON and bad UTF-8
-        raise WeightsError(f"{path.name} is not readable JSON ({error}): download it again") from error
+        raise WeightsError(f"{path.name} is not readable JSON ({reason_of(error)}): download it again") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path.name} holds a {type(content).__name__}, expected a JSON object")
     return content

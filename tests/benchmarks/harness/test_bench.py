@@ -247,7 +247,8 @@ def report(measured):
     made = copy.deepcopy(measured.json)
     for row in made["results"]:
         samples = np.random.default_rng(0).normal(10, 0.1, 100)
-        row.update(samples_ms=list(samples), samples_per_round=5, rounds=20)
+        row.update(samples_ms=list(samples), cpu_samples_ms=list(samples), samples_per_round=5, rounds=20)
+        row.update(cpu_median_ms=10.0, involuntary_per_s=0.0)
     return made
 
 
@@ -258,7 +259,8 @@ def read(document):
 def slower(report, factor):
     changed = copy.deepcopy(report)
     for row in changed["results"]:
-        row["samples_ms"] = [factor * sample for sample in row["samples_ms"]]
+        for times in ("samples_ms", "cpu_samples_ms"):
+            row[times] = [factor * sample for sample in row[times]]
     return changed
 
 
@@ -281,6 +283,8 @@ def test_baseline_fails_only_where_the_interval_says_so(report, tmp_path, factor
         {"samples_ms": [0.0, 1.0], "samples_per_round": 1},
         {"samples_ms": [float("nan")], "samples_per_round": 1},
         {"samples_ms": 5},
+        {"cpu_samples_ms": [1.0]},
+        {"cpu_samples_ms": [0.0] * 100},
         {"runtime": None},
     ],
 )
@@ -296,7 +300,7 @@ def test_damaged_baseline_is_refused_before_anything_is_measured(report, tmp_pat
 def test_too_few_rounds_are_no_evidence(report, tmp_path):
     short = copy.deepcopy(report)
     for row in short["results"]:
-        row.update(samples_ms=[10.0] * 3, samples_per_round=1, rounds=3)
+        row.update(samples_ms=[10.0] * 3, cpu_samples_ms=[10.0] * 3, samples_per_round=1, rounds=3)
     file = tmp_path / "old.json"
     file.write_text(json.dumps(short))
     new = Baseline.read(file, 0.1).judge(read(slower(short, 2)))
@@ -344,7 +348,7 @@ def test_slower_within_the_noise_does_not_fail(report, tmp_path):
     noisy = slower(report, 1.0)
     for row in noisy["results"]:
         mood = np.exp(0.4 * np.random.default_rng(0).standard_normal(row["rounds"]))
-        row["samples_ms"] = list(np.repeat(10 * mood, row["samples_per_round"]))
+        row["samples_ms"] = row["cpu_samples_ms"] = list(np.repeat(10 * mood, row["samples_per_round"]))
     file = tmp_path / "old.json"
     file.write_text(json.dumps(noisy))
     new = Baseline.read(file, 0.1).judge(read(slower(noisy, 1.12)))
@@ -380,19 +384,25 @@ def test_ort_file_is_no_slower_onnx_file(report):
 def test_baseline_through_the_command(cli, artifacts, report, tmp_path):
     file = tmp_path / "fast.json"
     file.write_text(json.dumps(slower(report, 0.01)))
-    done = cli("bench", artifacts / "onnx-fp32", "--baseline", file, "--max-slowdown", "10%", *COMPARED)
+    done = cli(
+        "bench", artifacts / "onnx-fp32", "--baseline", file, "--max-slowdown", "10%", "--judge-by", "cpu", *COMPARED
+    )
     assert done.code == 1
-    assert "FAIL" in done.out and "times the baseline, more than 1.1" in done.out
+    assert "FAIL" in done.out and "times the baseline in CPU time, more than 1.1" in done.out
 
 
 def test_artifact_as_baseline_is_measured_beside(cli, artifacts):
     done = cli(
         "bench", artifacts / "tflite-fp32", "--baseline", artifacts / "onnx-fp32", "--max-slowdown", "900%", "--json",
-        *COMPARED,
+        "--judge-by", "cpu", *COMPARED,
     )  # fmt: skip
     assert done.code == 0
-    assert [Path(row["path"]).name for row in done.json["results"]] == ["onnx-fp32", "tflite-fp32"]
-    assert done.json["results"][1]["baseline"]["ratio"]["median"] == done.json["results"][1]["ratio"]["median"]
+    base, other = done.json["results"]
+    assert [Path(row["path"]).name for row in (base, other)] == ["onnx-fp32", "tflite-fp32"]
+    assert base["baseline"]["reason"] == "the baseline itself"
+    assert other["baseline"]["ratio"]["median"] == pytest.approx(
+        other["cpu_median_ms"] / base["cpu_median_ms"], rel=0.2
+    )
 
 
 def test_file_of_fewer_bits_that_is_slower_is_flagged(monkeypatch, artifacts):
@@ -425,9 +435,12 @@ def pretend_precision(blank_row):
 
 def test_runner_times_with_the_clock_it_is_given():
     ticks = iter(range(100))
-    runner = Runner(clock=lambda: float(next(ticks)))
+    used = iter(range(0, 200, 2))
+    runner = Runner(clock=lambda: float(next(ticks)), cpu_clock=lambda: float(next(used)))
     runner.call = lambda array: {}
-    assert runner.do_sample(3) == {"ms": [1000.0] * 3}
+    found = runner.do_sample(3)
+    assert (found["ms"], found["cpu_ms"]) == ([1000.0] * 3, [2000.0] * 3)
+    assert found["involuntary"] >= 0
 
 
 def test_input_is_random_and_of_the_declared_type():
