@@ -32,6 +32,7 @@ from mvit_export.system.reading import ARRAYS, check_regular, parse_json, read_j
 from mvit_export.system.records import build, convert
 
 SCHEMA_VERSION = 1
+DTYPES = ("float16", "float32", "float64", "uint8", "uint16")  # of inputs and outputs
 MOST_SHAPES, MOST_ELEMENTS = 128, 2**28  # of one tensor
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
@@ -230,7 +231,7 @@ def _check_values(manifest: Manifest) -> None:
     if re.fullmatch(r"\w+", manifest.model.name) is None:
         raise ValueError(f"name {manifest.model.name!r}")
     for spec in (*manifest.inputs, *manifest.outputs):
-        if np.dtype(spec.dtype).kind not in "fu" or not all(n is None or n > 0 for n in spec.shape) or not spec.shape:
+        if spec.dtype not in DTYPES or not all(n is None or n > 0 for n in spec.shape) or not spec.shape:
             raise ValueError(f"{spec.name} of type {spec.dtype!r}, shape {spec.shape}")
         if spec.layout in ("NCHW", "NHWC") and len(spec.shape) != 4:
             raise ValueError(f"{spec.name} of layout {spec.layout}, shape {spec.shape}")

@@ -25,7 +25,7 @@ WALL, CPU = "wall", "cpu"
 # A process that is alone waits for less than 1 % of the time. One that shares its core with another gets half of it,
 # and loses it about 100 times a second.
 MOST_WAITING = 0.05
-MOST_SWITCHES = 25.0  # a second
+MOST_SWITCHES, FEWEST_SWITCHES = 25.0, 10  # a second for each thread; in all
 DISAGREEMENT = 0.05
 
 
@@ -99,12 +99,12 @@ class Baseline:
         wall, used = compare(*rounds), (row.cpu_by_round, base.cpu_by_round)
         cpu = compare(*used) if all(used) else None
         if self.by == CPU:
-            if cpu is None:
-                return not_compared("CPU time is not known for both; judge by wall time")
+            if cpu is None or not (on_cpu(row) and on_cpu(base)):
+                return not_compared("the CPU time of both is not known to be the model's; judge by wall time")
             return self.verdict_on(cpu, "CPU ")
         if reason := starved(row, "this run") or starved(base, "the baseline"):
             return not_compared(reason)
-        if cpu is not None and row.threads == 1 and abs(wall.median / cpu.median - 1) > DISAGREEMENT:
+        if cpu is not None and row.threads == 1 and on_cpu(row) and abs(wall.median / cpu.median - 1) > DISAGREEMENT:
             return not_compared(
                 f"by wall time it takes {wall} times the baseline, by CPU time {cpu}: something else used the machine "
                 "in one of the runs; measure again"
@@ -124,15 +124,20 @@ def starved(row: Measurement, which: str) -> str:
     waited = waiting_share(row)
     if waited is not None and waited > MOST_WAITING:
         return f"in {which} the process waited for a core in {waited:.0%} of the time; measure on an idle machine"
-    switches = row.involuntary_per_s
-    if switches is not None and switches > MOST_SWITCHES:
+    switches, seconds = (row.involuntary_per_s or 0) / (row.threads or 1), sum(row.samples_ms) / 1e3
+    if switches > MOST_SWITCHES and switches * seconds > FEWEST_SWITCHES:
         return f"in {which} a core was taken from the process {switches:.0f} times a second; measure on an idle machine"
     return ""
 
 
+def on_cpu(row: Measurement) -> bool:
+    """Whether the process itself computes. One that waits for an accelerator uses little CPU time, as it should."""
+    return "CPU" in row.runtime.split()
+
+
 def waiting_share(row: Measurement) -> float | None:
     """The part of a single thread's time in which it did not run, in the middle one of the rounds."""
-    if row.threads != 1 or not row.cpu_samples_ms:
+    if row.threads != 1 or not row.cpu_samples_ms or not on_cpu(row):
         return None
     rounds = zip(row.samples_by_round, row.cpu_by_round, strict=True)
     return statistics.median(1 - sum(cpu) / sum(wall) for wall, cpu in rounds)

@@ -145,6 +145,10 @@ def main(args: list[str] | None = None) -> NoReturn:
         if code:
             with Terminal() as terminal:
                 terminal.error(OutputError(f"stdout cannot be written: {error.strerror or error}"))
+    except SystemExit as ended:  # Click's own, where the reader of help has gone: that is no failed check
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        code, sys.stdout = 0, None
     except ClickUsageError as error:
         with Terminal(as_json="--json" in arguments, verbose=bool({"-v", "--verbose"} & {*arguments})) as terminal:
             terminal.error(UsageError(f"{error.format_message().rstrip('.')}; see mvit-export --help"))

@@ -5,15 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+from contextlib import suppress
 from typing import IO
 
 from mvit_export.cli.text import error_fields, harmless, to_document
 
 TAIL = 4096  # bytes of what was printed last
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_open: set[int] = set()  # the ends that processes forked later must not keep open
+
+
+def close_in_child() -> None:
+    for descriptor in _open:
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=close_in_child)
 
 
 class Watcher:
-    """A process that waits for this one's word that it ended by itself.
+    """A process that waits for this one's word that it ended by itself. Where none can be made, there is none.
 
     Without it, whatever a library printed into `sink` before the end would be lost, and `--json` would be empty.
     """
@@ -21,26 +33,40 @@ class Watcher:
     def __init__(self, sink: IO[bytes] | None, stderr: int, stdout: int | None) -> None:
         """`stdout` is None if no document is owed."""
         read, self._write = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # JAX's, if a caller has imported it: the child takes no lock of its threads
-            self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                os.close(self._write)
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_IGN)
-                if not os.read(read, 1):
-                    report(read_tail(sink), stderr, stdout)
-            finally:
-                os._exit(0)
+        self._pid: int | None = None
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # or Ctrl-C would find a second copy of this program
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # JAX's, if it is imported: the child needs nothing of its threads
+                self._pid = os.fork()
+            if self._pid == 0:
+                self.watch(read, sink, stderr, stdout)
+        except OSError:  # no more processes are allowed
+            os.close(self._write)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(read)
+        if self._pid is not None:
+            _open.add(self._write)
+
+    def watch(self, read: int, sink: IO[bytes] | None, stderr: int, stdout: int | None) -> None:
+        """What the child does. Never returns."""
+        try:
+            os.close(self._write)
+            if not os.read(read, 1):
+                report(read_tail(sink), stderr, stdout)
+        finally:
+            os._exit(0)
 
     def dismiss(self) -> None:
-        os.write(self._write, b".")
+        if self._pid is None:
+            return
+        _open.discard(self._write)
+        with suppress(OSError):  # it was killed
+            os.write(self._write, b".")
         os.close(self._write)
-        os.waitpid(self._pid, 0)
+        with suppress(OSError):  # somebody else has waited for it, or the system does
+            os.waitpid(self._pid, 0)
 
 
 def read_tail(sink: IO[bytes] | None) -> str:
@@ -56,6 +82,7 @@ def read_tail(sink: IO[bytes] | None) -> str:
 def report(last: str, stderr: int, stdout: int | None) -> None:
     said = f"; the last line that it printed: {harmless(last)[:300]}" if last else ""
     message = f"the process was ended from outside, or by a library{said}"
-    os.write(stderr, f"mvit-export: error: {message}\n".encode())
+    with suppress(OSError):
+        os.write(stderr, f"mvit-export: error: {message}\n".encode())
     if stdout is not None:
         os.write(stdout, to_document(error_fields("Ended", message)).encode())

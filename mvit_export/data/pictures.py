@@ -144,12 +144,12 @@ NPZ_ARRAYS = ("images", "labels", "classes")  # others stay packed
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file whose `images` are uint8 (N, H, W, 3), N at least 1. Raises UsageError."""
     try:
-        check_zip(path, ARRAYS)
+        check_zip(path, ARRAYS, entries=tuple(f"{name}.npy" for name in NPZ_ARRAYS))
         with open_regular(path, ARRAYS) as opened, np.load(opened, allow_pickle=False) as file:
             data = {name: file[name] for name in NPZ_ARRAYS if name in file.files}
             others = [name for name in file.files if name not in NPZ_ARRAYS]
     except Unreadable as error:
-        raise UsageError(f"{path} {error.strerror}") from error
+        raise UsageError(f"{path} {error.strerror}; a folder of pictures may be larger") from error
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read as .npz: {first_line(error)}") from error
     except Exception as error:  # zipfile and zlib have errors of their own

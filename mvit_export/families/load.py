@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo, find_artifacts, read_artifact
-from mvit_export.data.preprocessing import Size
+from mvit_export.data.preprocessing import MOST_SIDE, Size
 from mvit_export.errors import ModelError, UsageError, WeightsError, require
 from mvit_export.families.base import Family, Request
 from mvit_export.families.table import FAMILIES, OF_CHECKPOINTS, OPTIONS, VARIANTS, family_of, titles
@@ -89,13 +90,14 @@ def code_named(family: Family, source: str | None) -> list[trust.Entry]:
     """The user's file that a source would run, if any, with its sha256."""
     if family.code is None or source is None:
         return []
-    path = family.code(source)
-    return [(str(path), trust.digest_of(path))]
+    path, (_, _, factory) = family.code(source), source.rpartition(":")
+    return [(f"code:{path}:{factory}", trust.digest_of(path))]
 
 
 def weights_named(origin: WeightsInfo) -> list[trust.Entry]:
     """By name alone: whether they are still the same is checked once they are read."""
-    return [(origin.source, "")] if origin.source else []
+    at = f"@{origin.revision}" if origin.revision else ""
+    return [(f"weights:{origin.source}{at}", "")] if origin.source else []
 
 
 def check_trusted(info: ModelInfo, origin: WeightsInfo | None) -> None:
@@ -103,14 +105,15 @@ def check_trusted(info: ModelInfo, origin: WeightsInfo | None) -> None:
     for name, digest in code_named(family_of(info.source), info.source):
         if not trust.is_trusted(name, digest):
             raise ModelError(
-                f"the manifest names {name}, Python code that you have not exported, or that has changed since; "
+                f"the manifest names {info.source}, Python code that you have not exported, or that has changed since; "
                 "--trust-code runs it, --against golden does without"
             )
     for name, digest in weights_named(origin) if origin else ():
         if not trust.is_trusted(name, digest):
+            found = name.removeprefix("weights:")
             raise WeightsError(
-                f"the manifest names the weights {name}, which you have not exported; pass --weights {name}, "
-                "--trust-code, or --against golden"
+                f"the manifest names the weights {found}, which you have not exported; pass "
+                f"--weights {shlex.quote(found)}, --trust-code, or --against golden"
             )
 
 
@@ -209,7 +212,7 @@ def with_shapes(loaded: LoadedModel, sizes: tuple[Size, ...] | None, input_shape
     assert preprocessing is not None
     if input_shape is not None:
         shape = tuple(input_shape)
-        if len(shape) == 4 and shape[1] == 3:
+        if len(shape) == 4 and shape[1] == 3 and max(shape) <= MOST_SIDE:
             return replace(loaded, input_shapes=(shape,), preprocessing=preprocessing.with_size(shape[2:]))
         return replace(loaded, input_shapes=(shape,), preprocessing=None)
     sizes = sizes or (preprocessing.crop,)

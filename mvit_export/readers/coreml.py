@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import platform
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mvit_export.artifact import Artifact
-from mvit_export.errors import RuntimeUnavailable, require
+from mvit_export.errors import ArtifactError, RuntimeUnavailable, require
 from mvit_export.readers.session import (
     Arrays,
     Chains,
@@ -27,6 +26,7 @@ from mvit_export.readers.session import (
     open_in,
 )
 from mvit_export.results.parity import Overflow
+from mvit_export.runner.common import read_labels
 from mvit_export.tasks.table import task_of
 
 MIL_NOTE = "proves graph and weights, not Apple's kernels; for those, on a Mac: verify --against golden"
@@ -81,8 +81,11 @@ def open_mil(artifact: Artifact) -> Session:
         first = program.trace(**{input_name: array}).first_overflow
         return Overflow(first.op.module, first.name, first.op.type, first.max_abs) if first else None
 
-    labels = program.metadata.get("labels")
-    return Session("mil-reference", run, tuple(json.loads(labels)) if labels else None, MIL_NOTE, overflow)
+    try:
+        labels = read_labels(program.metadata.get("labels"))
+    except ValueError as error:
+        raise ArtifactError(f"{artifact.model_path}: {error}; export again") from error
+    return Session("mil-reference", run, None if labels is None else tuple(labels), MIL_NOTE, overflow)
 
 
 def read_layers(path: Path, array: np.ndarray, chains: Chains) -> Iterator[Intermediate]:

@@ -63,7 +63,7 @@ def prevent_saturation(onnx: Any, graph: Any) -> None:
         shifted = (onnx.numpy_helper.to_array(tensors[name]).astype(np.int16) + 128).astype(np.uint8)
         graph.initializer.append(onnx.numpy_helper.from_array(shifted, f"{name}_unsigned"))
     for node in graph.node:
-        if node.op_type == "MatMulInteger" and node.input[1] in signed:
+        if node.op_type == "MatMulInteger" and node.input[1] in signed and len(node.input) < 4:
             node.input[1] += "_unsigned"
             node.input.extend([*[""] * (3 - len(node.input)), "unsigned_zero"])
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(128, np.uint8), "unsigned_zero"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from typing import Any, Callable, NamedTuple
 
 try:
@@ -72,11 +73,15 @@ def distribution_version(name: str) -> str:
         return ""
 
 
-def check_labels(labels: Any) -> list[str]:
-    """Raises ValueError for what a file has in their place."""
+def read_labels(text: str | None) -> list[str] | None:
+    """Labels from a file's metadata. Raises ValueError for what is no JSON list of texts."""
+    try:
+        labels = json.loads(text) if text else []
+    except RecursionError as error:
+        raise ValueError("the labels in it are nested too deep") from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError("the labels in it are not a list of texts")
-    return labels
+    return labels if text else None
 
 
 def one_line(error: BaseException) -> str:

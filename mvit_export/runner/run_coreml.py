@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from typing import Any
 
-from .common import Adapter, Opened, Refusal, import_runtime, np
+from .common import Adapter, Opened, Refusal, import_runtime, np, read_labels
 
 COMPUTE_UNITS = {
     "all": "ALL", "cpuOnly": "CPU_ONLY", "cpuAndGPU": "CPU_AND_GPU", "cpuAndNeuralEngine": "CPU_AND_NE",
@@ -32,12 +31,12 @@ class CoreMl(Adapter):
         model = self.ct.models.MLModel(path, compute_units=self.units)
         description = model.get_spec().description
         (name,) = [i.name for i in description.input]
-        labels = description.metadata.userDefined.get("labels")
+        labels = read_labels(description.metadata.userDefined.get("labels"))
 
         def call(array: Any) -> dict[str, Any]:
             return model.predict({name: as_picture(array)})
 
-        return Opened(call, self.option or "all", json.loads(labels) if labels else None)
+        return Opened(call, self.option or "all", labels)
 
     def placement(self, path: str) -> dict[str, int]:
         """Which device is planned for each operation, by MLComputePlan."""

@@ -105,11 +105,14 @@ def sha256_file(path: str | Path, limit: int = WEIGHTS) -> str:
     return digest.hexdigest()
 
 
-def check_zip(path: str | Path, limit: int) -> None:
-    """Refuse a zip file that unpacks to more than `limit` bytes. What is no zip file passes: its reader says so."""
+def check_zip(path: str | Path, limit: int, *, entries: tuple[str, ...] = ()) -> None:
+    """Refuse a zip file of which all, or those `entries`, unpack to more than `limit` bytes.
+
+    What is no zip file passes: its reader says so.
+    """
     try:
         with open_regular(path, WEIGHTS) as file, zipfile.ZipFile(file) as packed:
-            total = sum(entry.file_size for entry in packed.infolist())
+            total = sum(e.file_size for e in packed.infolist() if not entries or e.filename in entries)
     except zipfile.BadZipFile:
         return
     if total > limit:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-MOST = 10**15  # no count or size comes near it
+MOST = 2**64  # a seed may have so many bits
 NAMES = {
     dict: "an object",
     list: "a list",
@@ -63,7 +62,7 @@ def convert(value: Any, hint: Any, what: str) -> Any:
     right = isinstance(value, (int, float)) if hint is float else isinstance(value, hint)
     if not right or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{what} is {kind(value)}, expected {NAMES[hint]}")
-    if hint in (int, float) and not (math.isfinite(value) and abs(value) <= MOST):
+    if hint in (int, float) and not (abs(value) <= MOST):  # NaN is not
         raise ValueError(f"{what} is out of range")
     return value
 

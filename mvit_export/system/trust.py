@@ -26,7 +26,7 @@ def remember(entries: Iterable[Entry]) -> None:
     """Let manifests of this user name these from now on."""
     for name, digest in entries:
         _REMEMBERED.add((name, digest))
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home folder
             place(name).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_whole(place(name), json.dumps({"name": name, "sha256": digest}).encode())
 
@@ -38,11 +38,13 @@ def remembered() -> tuple[Entry, ...]:
 
 def is_trusted(name: str, digest: str) -> bool:
     """Whether this user has named it, and it is what it was then; or trusts whatever he opens."""
+    if name.startswith("code:") and not digest:  # it cannot be read
+        return False
     if os.environ.get(TRUST_ALL) == "1" or (name, digest) in _REMEMBERED:
         return True
     try:
         record = read_json(place(name))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):
         return False
     return bool(record == {"name": name, "sha256": digest})
 
@@ -52,7 +54,8 @@ def trust_everything() -> None:
 
 
 def place(name: str) -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    given = os.environ.get("XDG_STATE_HOME", "")
+    state = given if os.path.isabs(given) else Path.home() / ".local/state"  # a relative one is to be ignored
     return Path(state, "mvit-export", "named", hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest())
 
 

@@ -145,3 +145,32 @@ def test_nothing_from_a_file_moves_the_cursor(
         for text in (done.out, done.err):
             assert all(line.isprintable() for line in text.split("\n")), text
             assert "\n::error::" not in text
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "import os; os.fork = no_fork"],
+    ids=["children are not waited for", "no process can be made"],
+)
+@pytest.mark.parametrize(("arguments", "code"), [(["inspect", "nowhere"], 2), (["report", "{artifact}"], 0)])
+def test_a_watcher_that_cannot_be_changes_nothing(
+    before: str, arguments: list[str], code: int, tiny_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = [word.format(artifact=tiny_artifact("onnx")) for word in arguments]
+    script = f"""if True:
+        def no_fork():
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        {before}
+        from mvit_export.__main__ import main
+        import sys
+        sys.argv = ["mvit-export", *{words!r}]
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nobody_waits_for_help(tmp_path: Path) -> None:
+    done = shell(f"{COMMAND} --help | true; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.code, done.err) == (0, "")

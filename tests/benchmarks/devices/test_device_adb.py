@@ -161,8 +161,16 @@ def test_a_command_that_outlives_its_time_is_ended_on_the_phone(phone: FakePhone
             pid = int(pid_file.read_text())
             assert sleeping(pid)
     assert time.monotonic() - began < 20
-    assert not sleeping(pid)
+    wait_for_the_end(pid)
     assert phone.left == []
+
+
+def wait_for_the_end(pid: int) -> None:
+    """What was killed dies when it is its turn, which on a busy machine is not at once."""
+    end = time.monotonic() + 30
+    while sleeping(pid):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def sleeping(pid: int) -> bool:
@@ -289,7 +297,7 @@ def test_children_of_a_client_that_hangs_are_ended(phone: FakePhone, tmp_path: P
     (tmp_path / "bin" / "adb").write_text(f"#!/bin/sh\nsleep 612 & echo $! > {tmp_path}/pid; wait\n")
     with pytest.raises(DeviceError, match="gave no answer within 1 s"):
         adb_module.call(["adb"], step="waiting", timeout=1)
-    assert not sleeping(int((tmp_path / "pid").read_text()))
+    wait_for_the_end(int((tmp_path / "pid").read_text()))
 
 
 def test_folder_that_was_made_although_the_answer_is_lost(phone: FakePhone) -> None:
@@ -452,7 +460,7 @@ def test_tool_that_hangs(phone: FakePhone, binary: Path, artifact: Artifact, mon
         finally:
             pid = int(next(phone.tmp.glob("*/.pid")).read_text())
             assert sleeping(pid)
-    assert not sleeping(pid)
+    wait_for_the_end(pid)
     assert phone.left == []
 
 

@@ -21,9 +21,9 @@ def row(wall: float, cpu: float | None = None, *, switches: float | None = 1.0, 
     noise = np.random.default_rng(int(1000 * wall)).normal(1, 0.01, ROUNDS * EACH)
     cpu_samples = tuple((noise * (wall if cpu is None else cpu)).tolist()) if cpu != 0 else ()
     return Measurement(
-        path="a/onnx-fp32", model="a", format="onnx", precision="fp32", status=MEASURED, runtime="ort", threads=threads,
-        input_shape=(1, 3, 8, 8), median_ms=wall, samples_ms=tuple((noise * wall).tolist()), samples_per_round=EACH,
-        rounds=ROUNDS, cpu_samples_ms=cpu_samples, involuntary_per_s=switches,
+        path="a/onnx-fp32", model="a", format="onnx", precision="fp32", status=MEASURED, runtime="ort 1.2.3 CPU",
+        threads=threads, input_shape=(1, 3, 8, 8), median_ms=wall, samples_ms=tuple((noise * wall).tolist()),
+        samples_per_round=EACH, rounds=ROUNDS, cpu_samples_ms=cpu_samples, involuntary_per_s=switches,
     )  # fmt: skip
 
 
@@ -64,9 +64,23 @@ def test_by_cpu_time() -> None:
     assert judge(row(15.0, 10.2), row(10.0), by=CPU)[0] == PASS
     assert judge(row(15.0, 11.6), row(10.0), by=CPU) == (FAIL, judge(row(15.0, 11.6), row(10.0), by=CPU)[1])
     assert "in CPU time, more than 1.1" in judge(row(15.0, 11.6), row(10.0), by=CPU)[1]
-    assert judge(row(15.0, 0.0), row(10.0), by=CPU) == (NOT_RUN, "CPU time is not known for both; judge by wall time")
+    status, reason = judge(row(15.0, 0.0), row(10.0), by=CPU)
+    assert (status, reason.split(";")[0]) == (NOT_RUN, "the CPU time of both is not known to be the model's")
     with pytest.raises(UsageError, match="--judge-by is 'clock', expected wall or cpu"):
         Baseline.read(None, None, "clock")
+
+
+def test_an_accelerator_is_waited_for() -> None:
+    """The process of a Neural Engine's file sleeps meanwhile: only wall time means something."""
+    new, old = (replace(r, runtime="Core ML macOS 15 all") for r in (row(11.5, 0.5), row(10.0, 0.5)))
+    assert judge(new, old)[0] == FAIL
+    assert judge(old, old)[0] == PASS
+    assert judge(new, old, by=CPU)[0] == NOT_RUN
+
+
+def test_a_few_switches_in_a_short_run_are_none() -> None:
+    short = replace(row(0.1, switches=100.0), threads=1)  # 300 runs of 0.1 ms: three switches
+    assert judge(short, row(0.1))[0] == PASS
 
 
 def test_the_record_keeps_cpu_times_if_there_are_any() -> None:
