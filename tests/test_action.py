@@ -152,11 +152,11 @@ def test_every_input_reaches_its_command_as_one_argument(runner: Runner) -> None
         export_args=f"--image-size=240x320\n\n--labels=my labels.txt\n{HOSTILE}\n",
         bench_args="--threads=1,2\n--device=ssh:a b",
         baseline="old runs/bench.json", max_slowdown="5 %", out="-my artifacts", report_dir="my report",
-        pip_args="--index-url=file:///my wheels\n--no-deps",
+        pip_args="--find-links=my wheels\n--no-deps",
     )  # fmt: skip
     assert code == 0
     install, export, verify, bench, *reports = runner.record
-    assert install[3:] == ["install", "--index-url=file:///my wheels", "--no-deps", f"{ROOT}[onnx,coreml,hub,report]"]
+    assert install[3:] == ["install", "--find-links=my wheels", "--no-deps", f"{ROOT}[onnx,coreml,hub,report]"]
     assert export[1:] == [
         "export", "--json", "--no-verify", "--overwrite", "--to=onnx, coreml", "--out=-my artifacts", "--variant=v s",
         "--model=my net.py:build me", f"--weights={HOSTILE}", "--precision=fp32, fp16", "--image-size=240x320",

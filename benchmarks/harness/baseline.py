@@ -22,8 +22,8 @@ SAME_KIND = ("format", "precision", "runtime")
 
 
 WALL, CPU = "wall", "cpu"
-# A process that is alone waits for less than 1 % of the time. One that shares its core with another gets half of it,
-# and loses it about 100 times a second.
+# `mvit-export bench` of xxs in ONNX fp32, one thread, on two cores of an EPYC: alone it waited for 0 % of the time and
+# lost its core 2 times a second; beside two processes that never sleep, for 21 % and 51 times (2026-11-29).
 MOST_WAITING = 0.05
 MOST_SWITCHES, FEWEST_SWITCHES = 25.0, 10  # a second for each thread; in all
 DISAGREEMENT = 0.05
@@ -46,6 +46,8 @@ class Baseline:
         """Raises UsageError for `max_slowdown` without `path`, ArtifactError if the file is not from bench."""
         if by not in (WALL, CPU):
             raise UsageError(f"--judge-by is {by!r}, expected {WALL} or {CPU}")
+        if path is None and by != WALL:
+            raise UsageError("--judge-by says how to compare with --baseline FILE or ARTIFACT; name one")
         if path is None and max_slowdown is None:
             return None
         if path is None:

@@ -121,13 +121,15 @@ class Measurement(Record):
 
     @property
     def samples_by_round(self) -> list[tuple[float, ...]]:
-        count = self.samples_per_round or 1
-        return [self.samples_ms[start : start + count] for start in range(0, len(self.samples_ms), count)]
+        return self.by_round(self.samples_ms)
 
     @property
     def cpu_by_round(self) -> list[tuple[float, ...]]:
+        return self.by_round(self.cpu_samples_ms)
+
+    def by_round(self, samples: tuple[float, ...]) -> list[tuple[float, ...]]:
         count = self.samples_per_round or 1
-        return [self.cpu_samples_ms[start : start + count] for start in range(0, len(self.cpu_samples_ms), count)]
+        return [samples[start : start + count] for start in range(0, len(samples), count)]
 
     def to_json(self) -> dict[str, Any]:
         """`baseline` is present only if the row was compared with one, CPU times only if they are known."""

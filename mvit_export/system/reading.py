@@ -1,7 +1,7 @@
 """Every file that this program reads comes through here: a regular file, of at most a given size, whole.
 
 A path may lead to anything: a pipe that never ends, a device, a folder, a link to itself, a file larger than memory.
-tests/test_house.py holds every other way to read a file against a list with reasons.
+tests/test_reading.py holds every other way to read a file against a list with reasons.
 """
 
 from __future__ import annotations

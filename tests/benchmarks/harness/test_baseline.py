@@ -68,6 +68,8 @@ def test_by_cpu_time() -> None:
     assert (status, reason.split(";")[0]) == (NOT_RUN, "the CPU time of both is not known to be the model's")
     with pytest.raises(UsageError, match="--judge-by is 'clock', expected wall or cpu"):
         Baseline.read(None, None, "clock")
+    with pytest.raises(UsageError, match="--judge-by says how to compare with --baseline FILE or ARTIFACT; name one"):
+        Baseline.read(None, None, CPU)
 
 
 def test_an_accelerator_is_waited_for() -> None:
