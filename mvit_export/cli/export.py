@@ -208,16 +208,25 @@ def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
         if not result.verdicts:
             terminal.print(status_text(NOT_RUN), f"{path}  {size}  --no-verify was given")
         verdicts += result.verdicts
-    for warning in dict.fromkeys(w for result in results for w in calibration_warnings(result.artifact.manifest)):
-        terminal.print(f"note    calibration: {warning}")
+    notes = notes_of(loaded, results)
+    for note in notes:
+        terminal.print(f"note    {note}")
     status = worst_status(verdict.status for verdict in verdicts)
     folder = results[0].artifact.path.parent
     terminal.print(f"Next:  mvit-export verify {folder}")
     terminal.print(f"       mvit-export inspect {results[0].artifact.path}")
-    terminal.print_json({"status": status, "model": info.name, "trained": loaded.weights.trained, "artifacts": rows})
+    terminal.print_json(
+        {
+            "status": status, "model": info.name, "trained": loaded.weights.trained, "artifacts": rows,
+            "notes": notes,
+        }
+    )  # fmt: skip
     # Verification that the user declined does not count as a check that was missed.
     raise typer.Exit(EXIT_CODES[status if verdicts else PASS])
 
 
-def calibration_warnings(manifest: Any) -> list[str]:
-    return ((manifest.quantization or {}).get("calibration") or {}).get("warnings", [])
+def notes_of(loaded: Any, results: Any) -> list[str]:
+    """What was decided for the user, and what calibration warns of, a line each."""
+    quantized = [result.artifact.manifest.quantization or {} for result in results]
+    warnings = [w for found in quantized for w in (found.get("calibration") or {}).get("warnings", [])]
+    return list(dict.fromkeys([*loaded.notes, *(f"calibration: {warning}" for warning in warnings)]))

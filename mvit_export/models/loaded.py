@@ -25,7 +25,8 @@ class LoadedModel:
     """A module in eval mode with all that an export records about it.
 
     `input_shapes` are the fixed shapes to export for, (B, C, H, W) for images. `output_names` name what the module
-    returns, in order. `preprocessing` is None for models whose input is not an RGB image.
+    returns, in order. `preprocessing` is None for models whose input is not an RGB image. `notes` say, a line each,
+    what was decided for the user.
     """
 
     module: nn.Module
@@ -34,6 +35,7 @@ class LoadedModel:
     preprocessing: Preprocessing | None
     input_shapes: tuple[tuple[int, ...], ...]
     output_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def call_guarded(call: Callable[[], Any], what: str) -> Any:
