@@ -19,7 +19,14 @@ from mvit_export.converters.golden import golden_vectors
 from mvit_export.converters.jobs import Crew, Work, choose_jobs, do_in_turn, order_of, packages_of
 from mvit_export.converters.manifest import describe_quantization, draft_manifest, file_metadata
 from mvit_export.data.calibration import Calibration, open_calibration
-from mvit_export.errors import ConversionError, MvitExportError, UsageError, first_line
+from mvit_export.errors import (
+    ConversionError,
+    MissingDependencyError,
+    MvitExportError,
+    PartialExportError,
+    UsageError,
+    first_line,
+)
 from mvit_export.families.forms import count_blocks, take_form
 from mvit_export.families.load import rebuild_model
 from mvit_export.families.table import titles
@@ -38,10 +45,13 @@ from mvit_export.models.loaded import LoadedModel
 from mvit_export.results.parity import ParityResult
 from mvit_export.results.status import worst_status
 from mvit_export.system import trust
+from mvit_export.system.limits import find_limit
 from mvit_export.system.processes import no_collection
 from mvit_export.system.staging import check_free, no_empty_folders, staged_directory
 
 OnStep = Callable[[Target, str], None]
+# What a converter raises about its own format. A full disk, little memory and a network that fails concern all.
+OF_ONE_TARGET = (ConversionError, MissingDependencyError, UsageError)
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,9 @@ def export(
 
     `to` is a format, a list of them or "all"; None for `precision` or `form` means each format's default. With `ort`,
     ONNX is written as an optimized `.ort` file.
-    `on_step(target, step)` is called with "convert", "verify" and "done" for progress. Raises subclasses of
-    MvitExportError; a directory appears whole or not at all, and those finished before an error stay.
+    `on_step(target, step)` is called with "convert", "verify" and "done" or "failed" for progress. Raises subclasses of
+    MvitExportError; a directory appears whole or not at all, and those finished before an error stay. If a converter
+    gives up on one of several targets, the others are made all the same, and PartialExportError carries their results.
 
     `jobs` is how many targets are worked on at once, each in its own process, so the calling script needs
     `if __name__ == "__main__":`; None means as many as cores and memory allow. A model from a Python file allows 1.
@@ -116,7 +127,27 @@ def export(
             place = folder / target.name
             works.append(make_result(conversion, place, overwrite=overwrite, verify=verify, on_step=on_step))
         with no_empty_folders(folder):
-            return tuple(crew.do(works, order) if crew else do_in_turn(works))
+            return all_made(targets, crew.do(works, order) if crew else do_in_turn(works))
+
+
+def all_made(targets: Sequence[Target], outcomes: Sequence[Outcome]) -> tuple[ExportResult, ...]:
+    """The results; if some are errors instead, PartialExportError carries both, and a single target's own is raised."""
+    results = tuple(outcome for outcome in outcomes if isinstance(outcome, ExportResult))
+    failures = {
+        target.name: outcome
+        for target, outcome in zip(targets, outcomes, strict=True)
+        if isinstance(outcome, MvitExportError)
+    }
+    if not failures:
+        return results
+    if len(targets) == 1:
+        raise next(iter(failures.values()))
+    reasons = "; ".join(f"{name}: {error.without_advice}" for name, error in failures.items())
+    raise PartialExportError(
+        f"{len(failures)} of {len(targets)} targets failed, {', '.join(failures)}; {reasons}",
+        results=results,
+        failures=failures,
+    )
 
 
 def open_crew(first: Sequence[Target]) -> AbstractContextManager[Crew | None]:
@@ -194,6 +225,9 @@ def find_calibration(
     return found
 
 
+Outcome = ExportResult | MvitExportError
+
+
 @dataclass(frozen=True)
 class Convert:
     """One call of a converter; returns how the graph was captured. May run in another process."""
@@ -222,11 +256,18 @@ class Judge:
 
 def make_result(
     conversion: Conversion, place: Path, *, overwrite: bool, verify: bool, on_step: OnStep | None
-) -> Work[ExportResult]:
-    """All the work on one target: tasks that another process may do, and what this one does itself."""
+) -> Work[Outcome]:
+    """All the work on one target: tasks that another process may do, and what this one does itself.
+
+    An error that says nothing about other targets is returned, so that those are tried.
+    """
     target, tell = conversion.target, on_step or (lambda *_: None)
     tell(target, "convert")
-    artifact = yield from write_artifact(conversion, place, overwrite=overwrite)
+    try:
+        artifact = yield from write_artifact(conversion, place, overwrite=overwrite)
+    except OF_ONE_TARGET as error:
+        tell(target, "failed")
+        return error
     verdicts: list[ParityResult] = []
     if verify:
         tell(target, "verify")
@@ -264,5 +305,7 @@ def conversion_errors(target: Target) -> Iterator[None]:
     except MvitExportError:
         raise
     except Exception as error:
+        if limit := find_limit(error):
+            raise limit from error
         what = f"{target.row.title} {target.precision}: the converter failed"
         raise ConversionError(f"{what}: {first_line(error)}; -v shows more") from error

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mvit_export.models.loaded import LoadedModel
 
 Result = TypeVar("Result")
-Work = Generator[Task, Any, Result]  # yields tasks, is sent their results, returns the whole
+Work = Generator[Task, Any, Result]  # yields tasks, is sent their results or thrown their errors, returns the whole
 
 PARENT_MEMORY = 512 * 2**20  # torch, the model and its reference
 PROCESS_MEMORY = 1024 * 2**20  # a converter's packages and graphs: up to 0.7 GiB seen for TFLite
@@ -62,7 +62,7 @@ def packages_of(target: Target) -> tuple[str, ...]:
 
 
 def do_in_turn(works: Sequence[Work[Result]]) -> list[Result]:
-    """Every task in this process, one work after the other."""
+    """Every task in this process, one work after the other; the first error that a work does not handle ends it."""
     return [do_here(work) for work in works]
 
 
@@ -70,12 +70,17 @@ def do_here(work: Work[Result]) -> Result:
     try:
         task = next(work)
         while True:
-            task = work.send(task())
+            try:
+                answer = task()
+            except Exception as error:
+                task = work.throw(error)
+            else:
+                task = work.send(answer)
     except StopIteration as end:
         result: Result = end.value
         return result
     finally:
-        work.close()  # a task's error is not raised inside it
+        work.close()  # an interruption is not raised inside it
 
 
 class Crew(Pool):
@@ -90,7 +95,11 @@ class Crew(Pool):
         )
 
     def do(self, works: Sequence[Work[Result]], order: Sequence[int]) -> list[Result]:
-        """The results in the order of `works`, which are started in `order`. After an error no process is left."""
+        """The results in the order of `works`, which are started in `order`.
+
+        A task's error is its work's to handle. One that it does not handle ends all of them and is raised, and so does
+        the loss of a process; no process is left.
+        """
         queue = deque(order)
         results: dict[int, Result] = {}
         active: dict[Connection, int] = {}
@@ -99,8 +108,10 @@ class Crew(Pool):
                 self.next_work(near, works, queue, active)
             while active:
                 for near in wait_for(active):
+                    answer, error = self.outcome(near)
+                    work = works[active[near]]
                     try:
-                        task = works[active[near]].send(self.receive(near))
+                        task = work.send(answer) if error is None else work.throw(error)
                     except StopIteration as end:
                         results[active.pop(near)] = end.value
                         self.next_work(near, works, queue, active)

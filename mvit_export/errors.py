@@ -7,6 +7,7 @@ MvitExportError            exit code 2
 ├── HubError               a model hub that cannot be reached, or has no such model
 ├── ModelError             a user's model source that cannot be built or called
 ├── ConversionError        a converter gave up
+│   └── PartialExportError  on some of several targets
 ├── ArtifactError          an artifact directory that is missing, damaged, in the way or in use
 ├── DeviceError            a device that cannot be reached, refused a step, or was lost half-way
 ├── OutputError            stdout that is full, or that a limit cuts off
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 
 class MvitExportError(Exception):
@@ -51,6 +54,19 @@ class ModelError(MvitExportError):
 
 class ConversionError(MvitExportError):
     """A converter could not translate the model."""
+
+
+class PartialExportError(ConversionError):
+    """Some of several targets could not be made; `results` holds the others, in order.
+
+    `failures` holds the error of each target that failed, by the target's name, such as `coreml-fp16`.
+    """
+
+    def __init__(
+        self, message: str, *, results: Sequence[Any] = (), failures: Mapping[str, MvitExportError] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.results, self.failures = tuple(results), dict(failures or {})
 
 
 class ArtifactError(MvitExportError):

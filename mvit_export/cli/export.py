@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from mvit_export.cli.help import FEW_BITS, FILES, MODEL
-from mvit_export.cli.options import EXIT_CODES, Json, Quiet, TrustCode, Verbose, print_verdict, session
+from mvit_export.cli.options import EXIT_CODES, EXIT_ERROR, Json, Quiet, TrustCode, Verbose, print_verdict, session
 from mvit_export.cli.terminal import Terminal, megabytes, status_text
-from mvit_export.errors import UsageError
+from mvit_export.cli.text import one_line
+from mvit_export.errors import ConversionError, MvitExportError, PartialExportError, UsageError
 
 
 def export(
@@ -147,12 +148,15 @@ def export(
                 "labels": labels, "input_shape": parse_shape(input_shape) if input_shape else None,
             }  # fmt: skip
             loaded = load_again(like, chosen) if like else mvit_export.load_model(**chosen, seed=seed)  # type: ignore[arg-type]
-            results = mvit_export.export(
-                loaded, **conversion, out=out, overwrite=overwrite, verify=verify, recipe=recipe,
-                calibration=calibration, calibration_method=calibration_method, jobs=jobs,
-                on_step=follow_targets(step, len(targets)),
-            )  # fmt: skip
-        finish_export(terminal, loaded, results)
+            try:
+                results, failures = mvit_export.export(
+                    loaded, **conversion, out=out, overwrite=overwrite, verify=verify, recipe=recipe,
+                    calibration=calibration, calibration_method=calibration_method, jobs=jobs,
+                    on_step=follow_targets(step, len(targets)),
+                ), {}  # fmt: skip
+            except PartialExportError as error:
+                results, failures = error.results, error.failures
+        finish_export(terminal, loaded, results, failures)
 
 
 def follow_targets(step: Callable[[str], None], total: int) -> Callable[[Any, str], None]:
@@ -163,7 +167,7 @@ def follow_targets(step: Callable[[str], None], total: int) -> Callable[[Any, st
     def on_step(target: Any, what: str) -> None:
         nonlocal done
         doing.pop(target.name, None)
-        if what == "done":
+        if what in ("done", "failed"):
             done += 1
         else:
             doing[target.name] = what
@@ -182,9 +186,11 @@ def load_again(like: Path, chosen: dict[str, Any]) -> Any:
     return load_like(like)
 
 
-def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
-    """Print what was made, whether it is proven, and what to do next."""
-    from mvit_export.results.status import NOT_RUN, PASS, worst_status
+def finish_export(
+    terminal: Terminal, loaded: Any, results: Sequence[Any], failures: Mapping[str, MvitExportError]
+) -> NoReturn:
+    """Print what was made, whether it is proven, what could not be made, and what to do next."""
+    from mvit_export.results.status import PASS, worst_status
 
     info = loaded.info
     shapes = ", ".join("x".join(map(str, shape)) for shape in loaded.input_shapes)
@@ -193,36 +199,48 @@ def finish_export(terminal: Terminal, loaded: Any, results: Any) -> NoReturn:
         terminal.print(
             f"UNTRAINED: random weights from seed {loaded.weights.seed}; pass --pretrained or --weights for real ones"
         )
-    rows, verdicts = [], []
-    for result in results:
-        manifest, path = result.artifact.manifest, str(result.artifact.path)
-        size = megabytes(result.artifact.model_bytes)
-        rows.append(
-            {
-                "path": path, "format": manifest.format, "precision": manifest.precision,
-                "bytes": result.artifact.model_bytes, "parity": [verdict.to_json() for verdict in result.verdicts],
-            }
-        )  # fmt: skip
-        for verdict in result.verdicts:
-            print_verdict(terminal, verdict, size)
-        if not result.verdicts:
-            terminal.print(status_text(NOT_RUN), f"{path}  {size}  --no-verify was given")
-        verdicts += result.verdicts
+    rows = [print_result(terminal, result) for result in results]
     notes = notes_of(loaded, results)
     for note in notes:
         terminal.print(f"note    {note}")
-    status = worst_status(verdict.status for verdict in verdicts)
-    folder = results[0].artifact.path.parent
-    terminal.print(f"Next:  mvit-export verify {folder}")
-    terminal.print(f"       mvit-export inspect {results[0].artifact.path}")
-    terminal.print_json(
-        {
-            "status": status, "model": info.name, "trained": loaded.weights.trained, "artifacts": rows,
-            "notes": notes,
-        }
-    )  # fmt: skip
+    if results:
+        terminal.print(f"Next:  mvit-export verify {results[0].artifact.path.parent}")
+        terminal.print(f"       mvit-export inspect {results[0].artifact.path}")
+    for error in failures.values():
+        terminal.complain(error)
+    verdicts = [verdict for result in results for verdict in result.verdicts]
+    status = "error" if failures else worst_status(verdict.status for verdict in verdicts)
+    document = {"status": status, "model": info.name, "trained": loaded.weights.trained}
+    terminal.print_json({**document, "artifacts": rows, "notes": notes, **failed_fields(failures)})
     # Verification that the user declined does not count as a check that was missed.
-    raise typer.Exit(EXIT_CODES[status if verdicts else PASS])
+    raise typer.Exit(EXIT_ERROR if failures else EXIT_CODES[status if verdicts else PASS])
+
+
+def print_result(terminal: Terminal, result: Any) -> dict[str, Any]:
+    """A line for each verdict on one artifact, and its row in the document of `--json`."""
+    from mvit_export.results.status import NOT_RUN
+
+    manifest, path = result.artifact.manifest, str(result.artifact.path)
+    size = megabytes(result.artifact.model_bytes)
+    for verdict in result.verdicts:
+        print_verdict(terminal, verdict, size)
+    if not result.verdicts:
+        terminal.print(status_text(NOT_RUN), f"{path}  {size}  --no-verify was given")
+    return {
+        "path": path, "format": manifest.format, "precision": manifest.precision,
+        "bytes": result.artifact.model_bytes, "parity": [verdict.to_json() for verdict in result.verdicts],
+    }  # fmt: skip
+
+
+def failed_fields(failures: Mapping[str, MvitExportError]) -> dict[str, Any]:
+    """What an error's document has, and a row for each target that failed; nothing if none did."""
+    if not failures:
+        return {}
+    message = f"{', '.join(failures)} could not be exported"
+    rows = [
+        {"target": name, "type": type(error).__name__, "message": one_line(error)} for name, error in failures.items()
+    ]
+    return {"error": {"type": ConversionError.__name__, "message": message}, "failed": rows}
 
 
 def notes_of(loaded: Any, results: Any) -> list[str]:

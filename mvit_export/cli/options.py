@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from mvit_export.cli.help import DEVICES, OUTPUT, TRUST
 from mvit_export.cli.terminal import Terminal, status_text
 from mvit_export.errors import MvitExportError, UsageError
+from mvit_export.system.limits import find_limit
 
 EXIT_CODES = {"pass": 0, "fail": 1, "not-run": 3}
 EXIT_ERROR = 2
@@ -85,21 +87,20 @@ def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         except MvitExportError as error:
             terminal.error(error)
             raise typer.Exit(EXIT_ERROR) from error
-        except (OSError, MemoryError) as error:
-            terminal.error(describe_limit(error).with_traceback(error.__traceback__))
-            raise typer.Exit(EXIT_ERROR) from error
-        except Exception as error:  # a bug of ours: still one line and never the exit code of a failed check
-            message = f"internal error, {type(error).__name__}: {error}; -v shows where, please report it"
-            terminal.error(RuntimeError(message).with_traceback(error.__traceback__))
+        except Exception as error:
+            terminal.error(describe(error).with_traceback(error.__traceback__))
             raise typer.Exit(EXIT_ERROR) from error
 
 
-def describe_limit(error: OSError | MemoryError) -> MvitExportError:
-    """What this machine refuses: space, rights, memory."""
-    if isinstance(error, MemoryError):
-        return MvitExportError(f"not enough memory ({error}); free some, or lift the limit (ulimit -v)")
-    what = f"{error.filename}: " if error.filename is not None else ""
-    return MvitExportError(f"{what}{error.strerror or error}; check that folders exist, space, rights and limits")
+def describe(error: Exception) -> Exception:
+    """What this machine refuses (memory, space, rights), or a bug of ours: one line, never a failed check's code."""
+    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return MvitExportError(f"{what}{error.strerror or error}; check that folders exist, space, rights and limits")
+    if limit := find_limit(error):
+        return limit
+    message = f"internal error, {type(error).__name__}: {error}; -v shows where, please report it"
+    return RuntimeError(message)
 
 
 def print_verdict(terminal: Terminal, result: Any, *extra: str) -> None:

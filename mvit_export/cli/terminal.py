@@ -83,15 +83,18 @@ class Terminal:
             self.stdout.flush()
 
     def error(self, error: BaseException) -> None:
-        """One line on stderr, the traceback after it with `--verbose`; under `--json` a document as well."""
-        message = one_line(error)
+        """What `complain` writes; under `--json` a document as well."""
+        self.complain(error)
+        with suppress(OutputError):
+            self.print_json(error_fields(type(error).__name__, one_line(error)))
+
+    def complain(self, error: BaseException) -> None:
+        """One line on stderr, the traceback after it with `--verbose`."""
         with suppress(OSError):
-            self.stderr.write(f"mvit-export: error: {message}\n")
+            self.stderr.write(f"mvit-export: error: {one_line(error)}\n")
             if self.verbose:
                 self.stderr.write(harmless("".join(traceback.format_exception(error)), keep="\n"))
             self.stderr.flush()
-        with suppress(OutputError):
-            self.print_json(error_fields(type(error).__name__, message))
 
     @contextmanager
     def progress(self, description: str) -> Iterator[Any]:

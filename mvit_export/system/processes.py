@@ -90,7 +90,14 @@ class Pool:
             near.send_bytes(content)
 
     def receive(self, near: Connection) -> Any:
-        """A task's result. Its error is raised here, with the other process's traceback as the cause."""
+        """A task's result; its error is raised here."""
+        result, failure = self.outcome(near)
+        if failure is not None:
+            raise failure
+        return result
+
+    def outcome(self, near: Connection) -> tuple[Any, Exception | None]:
+        """A task's result or its error, with the other process's traceback as the cause. Raises if that was lost."""
         try:
             answer = near.recv_bytes()
         except (EOFError, OSError) as error:
@@ -99,10 +106,12 @@ class Pool:
                 f"a process was lost (exit code {self.processes[near].exitcode}): {self.suspects}; try --jobs 1"
             ) from error
         result, failure, text = pickle.loads(answer)
-        if failure is not None:
-            kind, message = failure
-            raise kind(message) from ProcessTraceback(text)
-        return result
+        if failure is None:
+            return result, None
+        kind, message = failure
+        raised: Exception = kind(message)
+        raised.__cause__ = ProcessTraceback(text)
+        return None, raised
 
 
 class ProcessTraceback(Exception):

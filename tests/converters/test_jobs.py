@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from conftest import TESTS
 
 from mvit_export.converters import jobs as jobs_module
 from mvit_export.converters.jobs import Crew, Work, choose_jobs, do_in_turn, order_of
-from mvit_export.errors import ConversionError, MvitExportError, UsageError
+from mvit_export.errors import ConversionError, MvitExportError, PartialExportError, UsageError
 from mvit_export.formats.targets import plan_targets
 from mvit_export.system import machine, processes
 from mvit_export.system.processes import portable
@@ -460,11 +461,41 @@ def test_a_converter_that_fails_in_a_process_is_told_as_ever(
     from mvit_export.converters import export as export_module
 
     monkeypatch.setattr(export_module, "fold_batch_norms", lambda *_: torch.nn.Linear(3, 3))
-    with pytest.raises(ConversionError, match=r"^ONNX fp(32|16): the converter failed: .*; -v shows more$") as caught:
+    with pytest.raises(PartialExportError, match=r"^2 of 2 targets failed, onnx-fp32, onnx-fp16; ") as caught:
         export_onnx(xxs, tmp_path / "out", jobs=2)
-    text = "".join(traceback.format_exception(caught.value))
-    assert "converters/onnx/convert.py" in text, "-v shows the converter's own lines"
+    assert caught.value.results == ()
+    for name, error in caught.value.failures.items():
+        assert type(error) is ConversionError
+        assert re.search(rf"^ONNX {name[5:]}: the converter failed: .*; -v shows more$", str(error))
+        text = "".join(traceback.format_exception(error))
+        assert "converters/onnx/convert.py" in text, "-v shows the converter's own lines"
     assert tree(tmp_path) == []
+
+
+def test_a_target_that_fails_in_a_process_leaves_the_others(
+    xxs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mvit_export.converters import export as export_module
+
+    choose = export_module.choose_network
+
+    def broken_for_fp16(model: Any, folded: Any, target: Any) -> Any:
+        network, form = choose(model, folded, target)
+        return (torch.nn.Linear(3, 3) if target.precision == "fp16" else network), form
+
+    monkeypatch.setattr(export_module, "choose_network", broken_for_fp16)
+    steps: list[tuple[str, str]] = []
+    with pytest.raises(
+        PartialExportError, match=r"^1 of 2 targets failed, onnx-fp16; onnx-fp16: ONNX fp16: "
+    ) as caught:
+        export_onnx(xxs, tmp_path, jobs=2, on_step=lambda target, what: steps.append((target.name, what)))
+    (made,) = caught.value.results
+    assert made.parity.status == "pass"
+    assert [place.name for place in (tmp_path / xxs.info.name).iterdir()] == ["onnx-fp32"] == [made.artifact.path.name]
+    assert [what for name, what in steps if name == "onnx-fp32"] == ["convert", "verify", "done"]
+    assert [what for name, what in steps if name == "onnx-fp16"] == ["convert", "failed"]
 
 
 @linux_only
