@@ -18,6 +18,7 @@ from mvit_export.converters.capture import Conversion
 from mvit_export.converters.golden import golden_vectors
 from mvit_export.converters.jobs import Crew, Work, choose_jobs, do_in_turn, order_of, packages_of
 from mvit_export.converters.manifest import describe_quantization, draft_manifest, file_metadata
+from mvit_export.converters.reasons import explain
 from mvit_export.data.calibration import Calibration, open_calibration
 from mvit_export.errors import (
     ConversionError,
@@ -25,7 +26,6 @@ from mvit_export.errors import (
     MvitExportError,
     PartialExportError,
     UsageError,
-    first_line,
 )
 from mvit_export.families.forms import count_blocks, take_form
 from mvit_export.families.load import rebuild_model
@@ -308,4 +308,4 @@ def conversion_errors(target: Target) -> Iterator[None]:
         if limit := find_limit(error):
             raise limit from error
         what = f"{target.row.title} {target.precision}: the converter failed"
-        raise ConversionError(f"{what}: {first_line(error)}; -v shows more") from error
+        raise ConversionError(f"{what}: {explain(error)}; -v shows more") from error

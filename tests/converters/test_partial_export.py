@@ -15,7 +15,7 @@ from mvit_export.converters.onnx import convert as onnx_module
 from mvit_export.errors import ConversionError, MvitExportError, PartialExportError, UsageError
 
 GAPS = Path(__file__).parent / "gaps.py"
-REASON = "Core ML fp16: the converter failed: PyTorch convert function for op 'upsample_bicubic2d' not implemented."
+REASON = "Core ML fp16: the converter failed: no Core ML conversion of the operator upsample_bicubic2d, at "
 
 
 @pytest.fixture(scope="module")
