@@ -29,7 +29,7 @@ from mvit_export.errors import (
 )
 from mvit_export.families.forms import count_blocks, take_form
 from mvit_export.families.load import rebuild_model
-from mvit_export.families.table import titles
+from mvit_export.families.table import family_of, titles
 from mvit_export.formats.base import PLAIN
 from mvit_export.formats.table import FULL
 from mvit_export.formats.targets import (
@@ -113,7 +113,7 @@ def export(
         check_free(folder / target.name, overwrite=overwrite)
     jobs = choose_jobs(jobs, model, targets)
     order = order_of(targets)
-    with open_crew([targets[index] for index in order[:jobs]]) as crew:  # it imports converters in the meantime
+    with open_crew(model, [targets[index] for index in order[:jobs]]) as crew:  # it imports converters in the meantime
         if verify:  # a factory with different weights each time is reported now, not after the work
             rebuild_model(draft_manifest(model, targets[0], {}))
         folded = fold_batch_norms(model.module, torch.zeros(model.input_shapes[0]))
@@ -150,9 +150,11 @@ def all_made(targets: Sequence[Target], outcomes: Sequence[Outcome]) -> tuple[Ex
     )
 
 
-def open_crew(first: Sequence[Target]) -> AbstractContextManager[Crew | None]:
+def open_crew(model: LoadedModel, first: Sequence[Target]) -> AbstractContextManager[Crew | None]:
     """A process for each of the targets that start `first`; none for a single one, which runs in this process."""
-    return Crew([packages_of(target) for target in first]) if len(first) > 1 else nullcontext()
+    if len(first) < 2:
+        return nullcontext()
+    return Crew([packages_of(target) for target in first], family_of(model.info.source).prepare)
 
 
 def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:

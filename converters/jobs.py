@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -84,11 +84,14 @@ def do_here(work: Work[Result]) -> Result:
 
 
 class Crew(Pool):
-    """Processes that are started at once, each importing the packages named for it. Use as a context manager."""
+    """Processes that are started at once, each importing the packages named for it. Use as a context manager.
 
-    def __init__(self, packages: Sequence[Sequence[str]]) -> None:
+    Each calls `before` first, if there is one; it is pickled.
+    """
+
+    def __init__(self, packages: Sequence[Sequence[str]], before: Callable[[], object] | None = None) -> None:
         super().__init__(
-            [functools.partial(import_all, names) for names in packages],
+            [functools.partial(prepare, before, names) for names in packages],
             error=ConversionError,
             suspects='a converter crashed, memory ran out, or a script lacks `if __name__ == "__main__":`',
             subject="the model",
@@ -136,7 +139,8 @@ class Crew(Pool):
         self.hand_over(near, next(works[active[near]]))
 
 
-def import_all(packages: Sequence[str]) -> None:
-    for package in packages:
-        with suppress(Exception):  # reported when the converter needs it
-            importlib.import_module(package)
+def prepare(before: Callable[[], object] | None, packages: Sequence[str]) -> None:
+    for call in (before, *(functools.partial(importlib.import_module, package) for package in packages)):
+        with suppress(Exception):  # reported when the network or the converter needs it
+            if call is not None:
+                call()

@@ -51,6 +51,7 @@ class Family:
     # Whether another process builds the same model from its name and weights: a user's file may set globals, read the
     # environment or define classes anywhere, which we must not repeat.
     repeatable: bool = True
+    prepare: Callable[[], object] | None = None  # what another process must call before it can be sent a network
     forms: str | None = None  # the module that rewrites its blocks, see families/forms.py
     code: Callable[[str], Path] | None = None  # the user's file that a source runs; None if it runs only installed code
 

@@ -94,4 +94,4 @@ def timm_preprocessing(module: Any) -> Preprocessing:
     )
 
 
-TIMM = Family(title="timm", owns=lambda source: source.startswith(PREFIX), load=load)
+TIMM = Family(title="timm", owns=lambda source: source.startswith(PREFIX), load=load, prepare=import_timm)

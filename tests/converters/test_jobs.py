@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -22,7 +23,9 @@ from conftest import TESTS
 from mvit_export.converters import jobs as jobs_module
 from mvit_export.converters.jobs import Crew, Work, choose_jobs, do_in_turn, order_of
 from mvit_export.errors import ConversionError, MvitExportError, PartialExportError, UsageError
+from mvit_export.families.table import family_of
 from mvit_export.formats.targets import plan_targets
+from mvit_export.models.loaded import count_parameters
 from mvit_export.system import machine, processes
 from mvit_export.system.processes import portable
 from mvit_export.system.staging import no_empty_folders, staged_directory
@@ -496,6 +499,17 @@ def test_a_target_that_fails_in_a_process_leaves_the_others(
     assert [place.name for place in (tmp_path / xxs.info.name).iterdir()] == ["onnx-fp32"] == [made.artifact.path.name]
     assert [what for name, what in steps if name == "onnx-fp32"] == ["convert", "verify", "done"]
     assert [what for name, what in steps if name == "onnx-fp16"] == ["convert", "failed"]
+
+
+def test_a_timm_network_reaches_another_process(tmp_path: Path) -> None:
+    """Beside a torchvision that does not fit torch, timm cannot simply be imported there."""
+    from mvit_export import load_model
+
+    model = load_model(model="timm:mobilenetv3_small_050", image_size=32)
+    measure = functools.partial(count_parameters, model.module)
+    with Crew([()], family_of(model.info.source).prepare) as crew:
+        (counted,) = crew.do([artifact(tmp_path / "a", lambda _: measure)], [0])
+    assert counted == model.info.params
 
 
 @linux_only
