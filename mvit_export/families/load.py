@@ -63,9 +63,7 @@ def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> L
     """
     origin, info = manifest.weights, manifest.model
     check_trusted(info, None if weights is not None else origin)
-    source: str | Path | None = weights
-    if weights is None and origin.source:
-        source = f"{origin.source}@{origin.revision}" if origin.revision else origin.source
+    source = weights if weights is not None else pinned(origin)
     family = family_of(info.source)
     asked = Request(
         # A checkpoint names its own variant: one of ours may have its own sizes ("custom").
@@ -94,10 +92,17 @@ def code_named(family: Family, source: str | None) -> list[trust.Entry]:
     return [(f"code:{path}:{factory}", trust.digest_of(path))]
 
 
+def pinned(origin: WeightsInfo) -> str | None:
+    """Where the weights came from, at the very commit where they are on a hub, whatever revision was asked for."""
+    if origin.source is None or origin.revision is None:
+        return origin.source
+    return f"{origin.source.partition('@')[0]}@{origin.revision}"
+
+
 def weights_named(origin: WeightsInfo) -> list[trust.Entry]:
     """By name alone: whether they are still the same is checked once they are read."""
-    at = f"@{origin.revision}" if origin.revision else ""
-    return [(f"weights:{origin.source}{at}", "")] if origin.source else []
+    source = pinned(origin)
+    return [] if source is None else [(f"weights:{source}", "")]
 
 
 def check_trusted(info: ModelInfo, origin: WeightsInfo | None) -> None:

@@ -17,6 +17,7 @@ from mvit_export.families.mobilevit.network import EPS, HEADS, MobileViTConfig
 from mvit_export.system.reading import read_json as load_json
 
 Json = Mapping[str, Any]
+ONE_OF_N = "single_label_classification"
 PIL_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -52,6 +53,17 @@ def check_hf_config(values: Json, config: MobileViTConfig) -> None:
         "output_stride": (32, 16, 8),
     }
     check_fields("config.json", values, accepted)
+    check_one_of_n(values)
+
+
+def check_one_of_n(values: Json) -> None:
+    """transformers says so in config.json where a network's outputs are no scores of exclusive classes."""
+    kind = values.get("problem_type")
+    if kind not in (None, ONE_OF_N):
+        raise WeightsError(
+            f"config.json says problem_type is {kind}, expected {ONE_OF_N}; only one-of-n classifiers are exported "
+            "from checkpoints, so pass the network as --model FILE.py:FACTORY"
+        )
 
 
 def check_timm_config(values: Json, config: MobileViTConfig, variant: str) -> None:

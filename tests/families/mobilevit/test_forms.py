@@ -24,7 +24,7 @@ from mvit_export.families.mobilevit.forms.blocks import OpenBlock, is_standard
 from mvit_export.families.mobilevit.forms.cut_channels import CutConv, CutLinear, cut_convs, cut_linears
 from mvit_export.families.mobilevit.forms.patches import PatchesBlock
 from mvit_export.families.mobilevit.forms.winograd import WinogradConv
-from mvit_export.families.mobilevit.network import ConvNormAct, MobileViT, MobileViTBlock
+from mvit_export.families.mobilevit.network import ConvNormAct, MobileViT, MobileViTBlock, create_mobilevit
 from mvit_export.formats.base import PLAIN
 from mvit_export.formats.table import FORMATS, FULL
 from mvit_export.formats.targets import plan_targets
@@ -267,6 +267,26 @@ def test_network_that_reaches_into_its_blocks_is_refused() -> None:
     network, x = randomize(Scaled(CONFIG)), noise(1, 3, 64, 64)
     with pytest.raises(ConversionError, match=r"form patches changes the output 'logits' .*; pass --form plain"):
         take_form(folded(network, x), ("tflite", "patches"), x, names=("logits",))
+
+
+@torch.no_grad()
+def test_what_float32_rounds_away_is_not_the_form() -> None:
+    """The outputs of a network with transformers' initial weights are denormal: a few hundred steps of float32."""
+    torch.manual_seed(0)
+    network, x = create_mobilevit("xxs", num_classes=10), noise(1, 3, 32, 32)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, std=0.02)
+    plain = folded(network, x)
+    assert 0 < float(plain(x).abs().max()) < 1e-38
+    errors = []
+    for key in {FORMATS[fmt].layout(form): (fmt, form) for fmt, form in PAIRS}.values():
+        formed = take_form(plain, key, x)
+        assert formed is not None
+        errors.append(difference(formed(x), plain(x)))
+        wide = copy.deepcopy(formed).double(), copy.deepcopy(plain).double()
+        assert difference(*(module(x.double()) for module in wide)) < 1e-6
+    assert max(errors) > 1e-3, "float32 shows the differences that float64 must explain"
 
 
 def test_output_of_nothing_but_zeros_is_the_same(tiny_model: Any) -> None:

@@ -332,6 +332,12 @@ FOLDERS: dict[str, tuple[object, object, list[str]]] = {
     "widths": ({"hidden_sizes": [1, 2, 3]}, None, ["hidden_sizes is [1, 2, 3], expected [64, 80, 96]"]),
     "another model": ({"model_type": "mobilevitv2"}, None, ['model_type is "mobilevitv2", expected "mobilevit"']),
     "labels": (REAL, None, ["config.json names 2 classes in id2label, the classifier has 5"]),
+    "multi-label": (
+        {"problem_type": "multi_label_classification"},
+        None,
+        ["problem_type is multi_label_classification, expected single_label_classification; only one-of-n"],
+    ),
+    "regression": ({"problem_type": "regression"}, None, ["problem_type is regression, expected single_label"]),
     "broken json": ("{", None, ["config.json is not readable JSON"]),
     "json list": ([1], None, ["config.json holds a list, expected a JSON object"]),
     "no resize": (
