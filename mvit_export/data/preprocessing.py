@@ -99,10 +99,34 @@ def to_picture(image: Image, preprocessing: Preprocessing) -> np.ndarray:
     if height * width > MOST_PIXELS:
         raise ValueError(f"{image.width}x{image.height} would be resized to {width}x{height}, which is too large")
     resample = PilImage.Resampling[preprocessing.interpolation.upper()]
-    resized = np.asarray(image.convert("RGB").resize((width, height), resample))  # (height, width, 3)
+    resized = np.asarray(to_rgb(image).resize((width, height), resample))  # (height, width, 3)
     crop_h, crop_w = preprocessing.crop
     top, left = (height - crop_h) // 2, (width - crop_w) // 2
     return resized[top : top + crop_h, left : left + crop_w]
+
+
+def to_rgb(image: Image) -> Image:
+    """A PIL image with 8 bits a channel. Transparency is dropped, as torchvision's loader does.
+
+    16-bit grey is scaled, since Pillow's own conversion cuts it off at 255. Raises ValueError for numbers whose range
+    nobody states: 32-bit or signed integers, and floats.
+    """
+    from PIL import Image as PilImage
+
+    # Pillow before 11.3 opens a 16-bit PNG as "I", which is otherwise 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.uint32)
+        grey = (values + 128) // 257  # 65535 -> 255, rounded
+        image = PilImage.fromarray((255 - grey if white_is_zero(image) else grey).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
+        raise ValueError(f"pixels are {kind}, whose range is not stated; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def white_is_zero(image: Image) -> bool:
+    """TIFF's tag 262, PhotometricInterpretation, which Pillow heeds with 8 bits alone."""
+    return getattr(image, "tag_v2", {}).get(262) == 0
 
 
 def to_tensor(pictures: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

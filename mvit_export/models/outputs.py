@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,13 +60,31 @@ def read_labels(labels: str | Path | Sequence[str], num_classes: int | None) -> 
             ) from error
     else:
         where, names = "labels", tuple(labels)
+        check_text(names)
     if num_classes is None:
         raise UsageError("--labels needs a classifier with one output of shape (batch, classes); this model is not one")
     if len(names) != num_classes:
         raise UsageError(f"{where} holds {len(names)} labels, the model has {num_classes} classes")
     if "" in names:
         raise UsageError(f"{where} has an empty label at line {names.index('') + 1}")
+    check_printable(names, where)
     return names
+
+
+def check_text(labels: Sequence[object]) -> None:
+    """Labels given from Python must be what a file could hold: text without spaces around it. Raises UsageError."""
+    for number, label in enumerate(labels, 1):
+        if not isinstance(label, str):
+            raise UsageError(f"label {number} is {label!r} ({type(label).__name__}), expected text")
+        if label != label.strip():
+            raise UsageError(f"label {number} is {label!r}, expected no spaces or line breaks around it; strip it")
+
+
+def check_printable(labels: Sequence[str], where: str) -> None:
+    """Files hold a label a line, in UTF-8. Raises UsageError for control characters, line breaks and surrogates."""
+    for number, label in enumerate(labels, 1):
+        if any(c != "\t" and unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in label):
+            raise UsageError(f"{where}: label {number} is {label!r}, expected text on one line; rename it")
 
 
 def distinguish(labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
