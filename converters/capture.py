@@ -48,7 +48,7 @@ class Exportable(nn.Module):
     """A model as it is written to a file: `image` in, a dict of named outputs out.
 
     With `preprocessing`, `image` is uint8 RGB (B, H, W, 3) and channel order, scale, mean and std are part of the
-    graph. With `half`, weights and arithmetic are fp16 while inputs and outputs stay as they are.
+    graph. Outputs are float32. With `half`, weights and arithmetic are fp16 while inputs and outputs stay as they are.
     """
 
     def __init__(
@@ -63,10 +63,8 @@ class Exportable(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         x = self.normalise(image)
-        if not self.half_precision:
-            return name_outputs(self.model(x), self.names)
-        outputs = name_outputs(self.model(x.half()), self.names)
-        return {name: value.float() for name, value in outputs.items()}
+        outputs = name_outputs(self.model(x.half() if self.half_precision else x), self.names)
+        return {name: value if value.dtype == torch.float32 else value.float() for name, value in outputs.items()}
 
 
 class Normalise(nn.Module):

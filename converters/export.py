@@ -169,6 +169,12 @@ def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
             raise UsageError(
                 f"a {target.row.title} image input holds one image, the model's batch is {batch}; use --input tensor"
             )
+        reserved = next((name for name in model.output_names if name in target.row.classifier_outputs), None)
+        if labels and reserved:
+            raise UsageError(
+                f"output {reserved!r} has the name of one that a {target.row.title} classifier adds; rename it in the "
+                "network, or leave out the labels"
+            )
         if target.row.distinct_labels and len(set(labels)) != len(labels):
             twice = next(label for i, label in enumerate(labels) if label in labels[:i])
             raise UsageError(

@@ -18,7 +18,7 @@ from mvit_export.families.base import Family, Request
 from mvit_export.families.table import FAMILIES, OF_CHECKPOINTS, OPTIONS, VARIANTS, family_of, titles
 from mvit_export.formats.choices import choose, parse_size
 from mvit_export.models.loaded import LoadedModel, call_guarded
-from mvit_export.models.outputs import check_outputs, check_printable, name_outputs, read_labels
+from mvit_export.models.outputs import check_outputs, check_printable, describe_changes, name_outputs, read_labels
 from mvit_export.system import trust
 from mvit_export.tasks.table import find_task
 
@@ -248,4 +248,5 @@ def with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None)
     if labels is not None:
         info = replace(info, labels=read_labels(labels, classes))
     check_printable(info.labels or (), "the checkpoint")
-    return replace(loaded, info=info, output_names=tuple(outputs))
+    notes = (*loaded.notes, *describe_changes(returned, outputs))
+    return replace(loaded, info=info, output_names=tuple(outputs), notes=notes)

@@ -104,6 +104,7 @@ class Format:
     max_sizes: int = 1  # image sizes that one file can declare
     one_image: bool = False  # an image input holds one image, not a batch
     distinct_labels: bool = False  # the file tells classes apart by their labels
+    classifier_outputs: tuple[str, ...] = ()  # names of outputs that a file with labels adds
     needs_macos: bool = False  # its own runtime exists only on macOS, so it can be timed nowhere else
     work: int = 1  # how long converting takes relative to other formats; the longest starts first
 

@@ -98,6 +98,7 @@ COREML = Format(
     max_sizes=128,  # Apple's guide on flexible inputs
     one_image=True,
     distinct_labels=True,
+    classifier_outputs=("classLabel", "classLabel_probs", "probabilities"),
     needs_macos=True,
     work=2,
 )

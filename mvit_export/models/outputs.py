@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,26 +17,93 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def name_outputs(outputs: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """What a module returned -> {name: tensor}. A mapping keeps its keys; `names` are for other tensors, in order.
+# Words of MIL, the language of Core ML files, which name no value there.
+RESERVED = {
+    "any", "bool", "program", "func", "tensor", "list", "dict", "tuple", "true", "false", "string", "state",
+    "bf16", "fp16", "fp32", "fp64",
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+}  # fmt: skip
 
-    Without `names` they are output_0, output_1, … Raises ModelError for anything else, and for a wrong count.
+
+def name_outputs(outputs: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """What a module returned -> {name: tensor}, in the names that files have.
+
+    A mapping or dataclass keeps its names, made valid for every format; its entries that are None are left out. `names`
+    are for other tensors, in order; without them these are output_0, output_1, … Raises ModelError for anything else,
+    and for a wrong count.
     """
+    named = by_own_name(outputs)
+    if named is not None:
+        check_tensors(outputs, named)
+        # An artifact of an earlier version has the names as they are.
+        own = list(named) if names is not None and list(names) == list(named) else valid_names(list(named))
+        return dict(zip(own, named.values(), strict=True))
+    values = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+    check_tensors(outputs, dict(enumerate(values)))
+    names = names or [f"output_{i}" for i in range(len(values))]
+    if len(names) != len(values):
+        raise ModelError(f"the model returned {len(values)} tensors, expected {len(names)}: {', '.join(names)}")
+    return dict(zip(names, values, strict=True))
+
+
+def by_own_name(outputs: Any) -> dict[str, Any] | None:
+    """What has names of its own, without what is None: a mapping, transformers' too, or a dataclass."""
+    if is_dataclass(outputs) and not isinstance(outputs, (Mapping, type)):
+        outputs = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+    if not isinstance(outputs, Mapping):
+        return None
+    return {str(key): value for key, value in outputs.items() if value is not None}
+
+
+def valid_names(names: Sequence[str]) -> list[str]:
+    """Names of ASCII letters, digits and underscores that begin with no digit, which every format takes as they are.
+
+    "cls-logits" -> "cls_logits", "0" -> "output_0", "state" -> "output_state". Of two that become the same, the second
+    gets a number.
+    """
+    found: list[str] = []
+    for name in names:
+        valid = re.sub(r"[^A-Za-z0-9_]", "_", name)
+        if valid in RESERVED or re.match(r"[A-Za-z_]", valid) is None:
+            valid = f"output_{valid}".rstrip("_")
+        # One that is valid as it is keeps its name.
+        taken = {*found, *(other for other in names if other != name)}
+        numbers = (f"{valid}_{number}" for number in itertools.count(2))
+        found.append(valid if valid not in taken else next(each for each in numbers if each not in taken))
+    return found
+
+
+def describe_changes(outputs: Any, named: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """A line for each output that files have under another name or in another type than the network."""
+    own = by_own_name(outputs)
+    renamed = [(old, new) for old, new in zip(own or (), named, strict=False) if old != new]
+    lines = [f"output {old!r} is called {new} in the files" for old, new in renamed]
+    for name, tensor in named.items():
+        if (kind := str(tensor.dtype).removeprefix("torch.")) != "float32":
+            lines.append(f"output {name!r} is {kind} in the network and float32 in the files")
+    return tuple(lines)
+
+
+def check_tensors(outputs: Any, elements: Mapping[Any, Any]) -> None:
+    """Raises ModelError that names the first element which is no tensor."""
     from torch import Tensor
 
-    if isinstance(outputs, Mapping):
-        named = {str(key): value for key, value in outputs.items() if value is not None}
-    elif isinstance(outputs, (Tensor, tuple, list)):
-        values = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        names = names or [f"output_{i}" for i in range(len(values))]
-        if len(names) != len(values):
-            raise ModelError(f"the model returned {len(values)} tensors, expected {len(names)}: {', '.join(names)}")
-        named = dict(zip(names, values, strict=True))
-    else:
-        named = {}
-    if not named or not all(isinstance(value, Tensor) for value in named.values()):
-        raise ModelError(f"the model returned {type(outputs).__name__}, expected a tensor, or tuple or dict of tensors")
-    return named
+    kind, expected = type(outputs).__name__, "expected a tensor, or tuple or dict of tensors"
+    if (
+        not isinstance(outputs, (Mapping, tuple, list))
+        and not is_dataclass(outputs)
+        and not isinstance(outputs, Tensor)
+    ):
+        raise ModelError(f"the model returned {kind}, {expected}")
+    if not elements:
+        raise ModelError(f"the model returned an empty {kind}, {expected}")
+    for key, value in elements.items():
+        if not isinstance(value, Tensor):
+            found = "None" if value is None else f"a {type(value).__name__}"
+            raise ModelError(
+                f"the model returned a {kind} whose element {key!r} is {found}, expected tensors alone; return what "
+                "the files shall hold, without it"
+            )
 
 
 def check_outputs(outputs: Mapping[str, Tensor]) -> None:

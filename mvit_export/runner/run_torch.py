@@ -38,6 +38,6 @@ def call_model(model: Any, without_gradients: Callable[[], Any]) -> Call:
     def call(array: Any) -> dict[str, Any]:
         with without_gradients():
             outputs = name_outputs(model.module(torch.from_numpy(array)), model.output_names)
-        return {name: value.numpy() for name, value in outputs.items()}
+        return {name: value.float().numpy() for name, value in outputs.items()}
 
     return call
