@@ -99,6 +99,11 @@ def export(
     `jobs` is how many targets are worked on at once, each in its own process, so the calling script needs
     `if __name__ == "__main__":`; None means as many as cores and memory allow. A model from a Python file allows 1.
     """
+    if not isinstance(model, LoadedModel):
+        raise UsageError(
+            f"export() was given a {type(model).__name__}, expected what load_model() returns; "
+            "call export(load_model(model=module, image_size=224))"
+        )
     targets = plan_targets(
         to, precision=precision, input=input, opset=opset, dynamic_batch=dynamic_batch, ort=ort,
         deployment_target=deployment_target, recipe=None if recipe is None else recipe_name(recipe),

@@ -39,10 +39,11 @@ def choose_jobs(asked: int | None, model: LoadedModel, targets: Sequence[Target]
     """
     if asked is not None and asked < 1:
         raise UsageError(f"--jobs is {asked}, expected at least 1 process")
-    if not family_of(model.info.source).repeatable:
+    family = family_of(model.info.source)
+    if not family.repeatable:
         if asked not in (None, 1):
             raise UsageError(
-                f"--jobs {asked}: a model from a Python file stays in the process that ran it, since another would "
+                f"--jobs {asked}: a model from {family.title} stays in the process that ran it, since another would "
                 "not have run its factory; leave out --jobs"
             )
         return 1

@@ -9,12 +9,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo, find_artifacts, read_artifact
 from mvit_export.data.preprocessing import MOST_SIDE, Size
 from mvit_export.errors import ModelError, UsageError, WeightsError, require
 from mvit_export.families.base import Family, Request
+from mvit_export.families.given import announce
 from mvit_export.families.table import FAMILIES, OF_CHECKPOINTS, OPTIONS, VARIANTS, family_of, titles
 from mvit_export.formats.choices import choose, parse_size
 from mvit_export.models.loaded import LoadedModel, call_guarded
@@ -22,13 +23,16 @@ from mvit_export.models.outputs import check_outputs, check_printable, describe_
 from mvit_export.system import trust
 from mvit_export.tasks.table import find_task
 
+if TYPE_CHECKING:
+    from torch import nn
+
 Sizes = int | str | Sequence[int | str]
 
 
 def load_model(
     variant: str | None = None,
     *,
-    model: str | None = None,
+    model: str | nn.Module | None = None,
     weights: str | Path | None = None,
     pretrained: bool = False,
     num_classes: int | None = None,
@@ -38,13 +42,20 @@ def load_model(
     seed: int = 0,
     **options: str | None,
 ) -> LoadedModel:
-    """Build a MobileViT `variant` ("xxs", "xs", "s"), or any `model` ("FILE.py:FACTORY", "timm:NAME").
+    """Build a MobileViT `variant` ("xxs", "xs", "s"), or any `model` ("FILE.py:FACTORY", "timm:NAME", or an nn.Module).
+
+    An nn.Module is copied. Only this process has it, so its artifacts are checked against PyTorch here, and elsewhere
+    with `against="golden"`.
 
     `weights` is a file, a folder, `hf:ID` or `timm:ID`; `pretrained` means the official ones; with neither the network
     is untrained, seeded with `seed`. `image_size` is 256, "240x272" (height x width) or a list. `options` are
     the family's own: `patch_config` of MobileViT, "A" or "B".
     Raises children of MvitExportError.
     """
+    if variant is not None and not isinstance(variant, str):
+        raise UsageError(f"variant is a {type(variant).__name__}, expected a name; pass a module as model=")
+    if model is not None and not isinstance(model, str):
+        model = announce(model)
     asked = Request(variant, model, weights, pretrained, num_classes, check_options(options), seed)
     family, asked = find_family(asked, input_shape)
     check_size(family, image_size, input_shape)

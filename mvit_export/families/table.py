@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mvit_export.families.base import Family
+from mvit_export.families.given import GIVEN
 from mvit_export.families.mobilevit.family import MOBILEVIT
 from mvit_export.families.python_file import PYTHON_FILE
 from mvit_export.families.timm import TIMM
 
-FAMILIES = (MOBILEVIT, TIMM, PYTHON_FILE)  # the last one owns every source that no other does
+FAMILIES = (MOBILEVIT, GIVEN, TIMM, PYTHON_FILE)  # the last one owns every source that no other does
 OF_CHECKPOINTS = MOBILEVIT  # reads a checkpoint whose model nobody named
 VARIANTS = {variant: family for family in FAMILIES for variant in family.variants}
 OPTIONS = {name: option for family in FAMILIES for name, option in family.options.items()}
