@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,6 +54,19 @@ def worst(metrics: Sequence[Metrics], task: Task) -> Metrics:
         cosine=min(m.cosine for m in metrics),
         max_of_spread=max(spreads, default=None),
         of_task={figure.name: figure.combine(values) for figure, values in own.items() if values},
+    )
+
+
+def widen(tolerance: Tolerance, own: Metrics) -> Tolerance:
+    """The bounds at twice the error of PyTorch's own float32 where that is more: 6 dB, and four times a square."""
+    spread = own.max_of_spread or 0.0
+    return replace(
+        tolerance,
+        psnr_db=min(tolerance.psnr_db, own.psnr_db - 20 * math.log10(2)),
+        max_rel=max(tolerance.max_rel, 2 * own.max_rel),
+        cosine=min(tolerance.cosine, 1 - 4 * (1 - own.cosine)),
+        kl=max(tolerance.kl, 4 * own.of_task.get("kl", 0.0)),
+        max_of_spread=max(tolerance.max_of_spread, 2 * spread),
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,20 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+REPEATED = 1e-6  # of the scale: two runs of one network in float32 may differ by this where threads share a sum
+
+
+def check_repeats(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], name: str) -> None:
+    """Raises ModelError if two runs of a network on one input differ: no file can be equal to it."""
+    for output, array in first.items():
+        off, scale = np.abs(array - second[output]).max(), np.abs(array).max()
+        if off > REPEATED * scale:
+            raise ModelError(
+                f"{name} gives different answers for the same input, {off / scale:.1e} of the scale of {output}; "
+                "is there dropout or noise in its forward?"
+            )
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -134,6 +134,10 @@ class ParityResult(Record):
 
     `worst_case` names the input with a fault, or else the one with the largest error, if all could run. `overflow` is
     the first in an fp16 program that failed, if the runtime can tell. `located` is set if it was requested.
+
+    `reference_dtype` is what PyTorch computed in, None if unknown (golden vectors). `float32_max_rel` is PyTorch's own
+    float32 error of the scale, the most over the inputs. `noisy_inputs` are those judged by twice that error, since it
+    is more than `tolerance` allows; `metrics` leaves them out if there are others.
     """
 
     path: str
@@ -151,6 +155,9 @@ class ParityResult(Record):
     overflow: Overflow | None = None
     located: Located | None = None
     device: str = "local"  # where the runtime was
+    reference_dtype: str | None = None
+    float32_max_rel: float | None = None
+    noisy_inputs: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "metrics": metrics_json(self.metrics)}
@@ -174,6 +181,9 @@ class ParityResult(Record):
             overflow=row.record("overflow", Overflow.from_json),
             located=row.record("located", Located.from_json),
             device=row.text("device") or "local",
+            reference_dtype=row.optional_text("reference_dtype"),
+            float32_max_rel=row.optional_number("float32_max_rel"),
+            noisy_inputs=row.texts("noisy_inputs"),
         )
         if found.status == PASS and found.metrics is None:
             raise ValueError("a PASS without figures")

@@ -30,14 +30,19 @@ class Torch(Adapter):
 
 
 def call_model(model: Any, without_gradients: Callable[[], Any]) -> Call:
-    """float32 arrays in and out. `without_gradients`: torch.no_grad, or inference_mode if nothing else follows."""
+    """float32 arrays in and out; with float64 in, what the model gives for it.
+
+    `without_gradients`: torch.no_grad, or inference_mode if nothing else follows.
+    """
     import torch
 
     from mvit_export.models.outputs import name_outputs
 
     def call(array: Any) -> dict[str, Any]:
         with without_gradients():
-            outputs = name_outputs(model.module(torch.from_numpy(array)), model.output_names)
-        return {name: value.float().numpy() for name, value in outputs.items()}
+            given = torch.from_numpy(array)
+            outputs = name_outputs(model.module(given), model.output_names)
+        exact = given.dtype == torch.float64
+        return {name: (value if exact else value.float()).numpy() for name, value in outputs.items()}
 
     return call

@@ -20,11 +20,13 @@ from torch import nn
 from mvit_export import export, load_model, verify
 from mvit_export.artifact import GOLDEN, MANIFEST, load_golden, read_artifact, save_golden, sha256_file
 from mvit_export.checks import parity
+from mvit_export.checks.comparison import judge_outcomes, run_cases
 from mvit_export.checks.figures import measure, violations, worst
 from mvit_export.checks.inputs import make_cases
+from mvit_export.checks.reference import Pair
 from mvit_export.converters.coreml.convert import CoreMLForm
 from mvit_export.errors import ArtifactError, ModelError, UsageError, WeightsError
-from mvit_export.formats.base import Tolerance
+from mvit_export.formats.base import SAME_ARITHMETIC, Tolerance
 from mvit_export.formats.table import FORMATS
 from mvit_export.system.trust import TRUST_ALL
 from mvit_export.tasks.classification import CLASSIFICATION
@@ -140,8 +142,9 @@ def test_dynamic_batch_is_run_at_two_sizes(tiny_model: Any, tmp_path: Path) -> N
     assert result.parity.inputs == len(cases) == 10
 
 
-def compare(manifest: Any, run: Callable[[np.ndarray], Any], pairs: list[Any]) -> tuple[list[str], Any]:
-    return parity.summarise_cases(parity.run_cases(manifest, run, pairs), CLASSIFICATION)
+def compare(manifest: Any, run: Callable[[np.ndarray], Any], pairs: list[Pair]) -> tuple[list[str], Any]:
+    judged = judge_outcomes(run_cases(manifest, run, pairs), SAME_ARITHMETIC, CLASSIFICATION)
+    return judged.reasons, judged.metrics
 
 
 # The mutations that a check must notice. Each makes a wrong file; the manifest keeps the truth.
@@ -279,7 +282,7 @@ def rewrite_manifest(place: Path, change: Callable[[dict[str, Any]], None]) -> N
 
 def test_wrong_shape_and_missing_output_are_named(tiny_artifact: Callable[..., Path]) -> None:
     artifact = read_artifact(tiny_artifact("onnx"))
-    pairs = [("case", np.zeros((1, 3, 64, 64), np.float32), {"logits": np.zeros((1, 10), np.float32)})]
+    pairs = [Pair("case", np.zeros((1, 3, 64, 64), np.float32), {"logits": np.zeros((1, 10), np.float32)})]
 
     def faults(outputs: dict[str, np.ndarray]) -> list[str]:
         return compare(artifact.manifest, lambda _: outputs, pairs)[0]
@@ -292,7 +295,7 @@ def test_wrong_shape_and_missing_output_are_named(tiny_artifact: Callable[..., P
 
 def test_runtime_that_fails_is_a_failed_check(tiny_artifact: Callable[..., Path]) -> None:
     artifact = read_artifact(tiny_artifact("onnx"))
-    pairs = [("case", np.zeros(1), {"logits": np.zeros((1, 10), np.float32)})]
+    pairs = [Pair("case", np.zeros(1), {"logits": np.zeros((1, 10), np.float32)})]
 
     def run(_: np.ndarray) -> dict[str, np.ndarray]:
         raise RuntimeError("kernel missing\nmore")
@@ -348,7 +351,7 @@ def test_questions_that_cannot_be_asked(tiny_artifact: Callable[..., Path]) -> N
 
 def test_weak_reference_is_blamed(tiny_artifact: Callable[..., Path]) -> None:
     artifact = read_artifact(tiny_artifact("onnx"))
-    pairs = [("case", np.zeros(1), {"logits": np.full((1, 10), np.nan, np.float32)})]
+    pairs = [Pair("case", np.zeros(1), {"logits": np.full((1, 10), np.nan, np.float32)})]
     reasons, _ = compare(artifact.manifest, lambda _: {"logits": np.zeros((1, 10), np.float32)}, pairs)
     assert "the reference itself holds NaN or Inf" in reasons[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -35,8 +36,10 @@ from mvit_export.benchmarks.devices.benchmark_model import (
 )
 from mvit_export.benchmarks.devices.table import open_device
 from mvit_export.benchmarks.harness.configurations import plan_settings
-from mvit_export.checks.parity import run_cases, summarise_cases
+from mvit_export.checks.comparison import judge_outcomes, run_cases
+from mvit_export.checks.reference import Pair
 from mvit_export.errors import ArtifactError, DeviceError, RuntimeUnavailable, UsageError
+from mvit_export.formats.base import SAME_ARITHMETIC
 from mvit_export.readers.tflite import open_tflite
 from mvit_export.tasks.classification import CLASSIFICATION
 
@@ -486,22 +489,25 @@ def test_one_model_run(phone: FakePhone, binary: Path, artifact: Artifact) -> No
 
 def test_verify_on_the_phone(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     """The session passes parity's own comparison, and fails it when the phone computes something else."""
-    pairs = [(case, tensors.pop("image"), tensors) for case, tensors in load_golden(artifact).items()]
+    pairs = [Pair(case, tensors.pop("image"), tensors) for case, tensors in load_golden(artifact).items()]
     with Adb(SERIAL) as device:
         session = open_session(artifact, BenchmarkTool(device, binary))
         assert session.runtime == "TFLite benchmark_model XNNPACK, Pixel 7 Android 15"
         assert session.labels == artifact.manifest.model.labels
-        faults, metrics = summarise_cases(run_cases(artifact.manifest, session.run, pairs), CLASSIFICATION)
-        assert faults == [] and metrics is not None and metrics.psnr_db > 100
-        moved = [(case, array[:, ::-1].copy(), outputs) for case, array, outputs in pairs]
-        _, metrics = summarise_cases(run_cases(artifact.manifest, session.run, moved), CLASSIFICATION)
-        assert metrics is not None and metrics.psnr_db < 100
+        judge = functools.partial(judge_outcomes, tolerance=SAME_ARITHMETIC, task=CLASSIFICATION)
+        right = judge(run_cases(artifact.manifest, session.run, pairs))
+        assert right.reasons == []
+        assert right.metrics is not None and right.metrics.psnr_db > 100
+        moved = [replace(pair, array=pair.array[:, ::-1].copy()) for pair in pairs]
+        wrong = judge(run_cases(artifact.manifest, session.run, moved))
+        assert wrong.reasons
+        assert wrong.metrics is not None and wrong.metrics.psnr_db < 100
         assert phone.left and "output.bin" not in os.listdir(phone.tmp / phone.left[0])
     assert phone.left == []
 
 
 def test_device_lost_in_a_comparison_is_no_verdict(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
-    pairs = [(case, tensors.pop("image"), tensors) for case, tensors in load_golden(artifact).items()]
+    pairs = [Pair(case, tensors.pop("image"), tensors) for case, tensors in load_golden(artifact).items()]
     with pytest.raises(DeviceError, match="was lost"), Adb(SERIAL) as device:
         session = open_session(artifact, BenchmarkTool(device, binary))
         phone.set(devices={})
