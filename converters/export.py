@@ -45,6 +45,7 @@ from mvit_export.models.loaded import LoadedModel
 from mvit_export.results.parity import ParityResult
 from mvit_export.results.status import worst_status
 from mvit_export.system import trust
+from mvit_export.system.files import NOT_UTF8, is_utf8
 from mvit_export.system.limits import find_limit
 from mvit_export.system.processes import no_collection
 from mvit_export.system.staging import check_free, no_empty_folders, staged_directory
@@ -114,6 +115,8 @@ def export(
     ranges = find_calibration(model, targets, calibration, calibration_method)
     recipes = {target: find_recipe(target, recipe) for target in targets}
     folder = Path(out) / model.info.name
+    if not is_utf8(folder):
+        raise UsageError(f"--out {folder.parent}: {NOT_UTF8}")
     for target in targets:
         check_free(folder / target.name, overwrite=overwrite)
     jobs = choose_jobs(jobs, model, targets)

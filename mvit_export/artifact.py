@@ -320,9 +320,9 @@ def record_name(kind: str, device: str = "local") -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON whole or not at all. Bytes of a path that are not UTF-8 become escapes, which JSON reads back."""
     content = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        write_whole(path, content.encode("utf-8"))
+        write_whole(path, content.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error

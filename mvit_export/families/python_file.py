@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import zlib
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ def build_from_file(source: str, pretrained: bool) -> nn.Module:
 
 
 def _import_file(path: Path) -> Mapping[str, Any]:
-    name = f"_mvit_export_model_{zlib.crc32(str(path.absolute()).encode()):08x}"
+    name = f"_mvit_export_model_{zlib.crc32(os.fsencode(path.absolute())):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

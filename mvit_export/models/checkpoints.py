@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvit_export.errors import WeightsError
+from mvit_export.system.files import NOT_UTF8, is_utf8
 from mvit_export.system.reading import (
     GB,
     UNPACKED,
@@ -69,6 +70,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def file_kind(path: Path) -> str:
     """ "safetensors" or "pickle", by the first bytes."""
+    if not is_utf8(path):
+        raise WeightsError(NOT_UTF8)
     if not path.exists():
         raise WeightsError("no such file, expected a checkpoint: check the path")
     if not path.is_file():

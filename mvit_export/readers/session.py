@@ -23,6 +23,7 @@ from mvit_export.results.parity import Overflow
 from mvit_export.runner.__main__ import find_adapter
 from mvit_export.runner.common import Adapter, Opened, Refusal
 from mvit_export.runner.run_torch import call_model
+from mvit_export.system.files import NOT_UTF8, is_utf8
 
 if TYPE_CHECKING:
     from mvit_export.models.loaded import LoadedModel
@@ -66,6 +67,8 @@ class Intermediate:
 
 def open_in(name: str, artifact: Artifact, *, known_as: str = "") -> tuple[Adapter, Opened]:
     """Open in one thread: processes that work side by side share the cores."""
+    if not is_utf8(artifact.model_path):
+        raise ArtifactError(f"{artifact.model_path}: {NOT_UTF8}")
     with refusals():
         runtime = find_adapter(name, threads=1)
         try:

@@ -43,6 +43,6 @@ def write_report(text: str, path: Path, *, report: Report) -> None:
         if path.resolve().is_relative_to(entry.artifact.path.resolve()):
             raise UsageError(f"-o {path} lies inside the artifact {entry.path}; name a file outside of it")
     try:
-        write_whole(path, text.encode("utf-8"))
+        write_whole(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UsageError(f"-o {path} cannot be written: {error.strerror or error}") from error

@@ -91,7 +91,7 @@ class Runner:
         except Refusal:
             raise
         except Exception as error:
-            raise Refusal("rejected", f"is rejected by {adapter.name}: {one_line(error)}") from error
+            raise Refusal("rejected", f"is rejected by {adapter.name}: {why(error, model)}") from error
         self.call, self.adapter, self.path, self.runtime = opened.call, adapter, model, runtime
         load_ms = 1e3 * (self.clock() - start)
         executed = f"{adapter.name} {adapter.version} {opened.executed}"
@@ -209,6 +209,13 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
     for line in requests:
         replies.write(json.dumps(runner.answer(json.loads(line))) + "\n")
         replies.flush()
+
+
+def why(error: BaseException, model: str) -> str:
+    """Runtimes take paths as UTF-8; Python holds other bytes as lone surrogates."""
+    if any("\udc80" <= c <= "\udcff" for c in model):
+        return "the path has bytes that are not UTF-8; rename the folder"
+    return one_line(error)
 
 
 def main() -> None:

@@ -6,6 +6,17 @@ import glob
 import os
 from pathlib import Path
 
+NOT_UTF8 = "the path has bytes that are not UTF-8, which libraries cannot open; rename the folder or file"
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Whether libraries that take paths as UTF-8 can open it; Python holds other bytes as lone surrogates."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside `path`, fsync and rename, so that a reader sees the old file or the new one. Raises OSError."""
