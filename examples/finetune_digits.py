@@ -279,6 +279,8 @@ def build_model(settings: Settings, classes: int) -> tuple[MobileViT, Preprocess
         model = MobileViT(replace(VARIANTS[settings.variant], num_classes=classes))
         return model, Preprocessing("RGB", settings.image_size, resize_ratio=1.0, source="finetune_digits.py")
     found = load_weights(settings.init)
+    for note in found.notes:
+        print(f"finetune_digits.py: {note}", file=sys.stderr)
     model = MobileViT(replace(found.config, num_classes=classes))
     state = dict(found.state)
     if found.config.num_classes != classes:

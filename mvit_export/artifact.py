@@ -79,7 +79,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """Where the weights came from. `sha256` is that of the weights file, `state_sha256` that of the tensors."""
+    """Where the weights came from. `sha256` is that of the weights file, `state_sha256` that of the tensors.
+
+    `ema` says, where the file has averaged weights, whether these are they. The JSON has it only there.
+    """
 
     source: str | None
     family: str | None
@@ -88,6 +91,10 @@ class WeightsInfo:
     trained: bool | None  # None: a user's factory made them, which may have loaded anything
     seed: int | None
     revision: str | None = None
+    ema: bool | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("ema", None)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        return {"schema_version": data.pop("schema_version"), **data, "model": self.model.to_json()}
+        parts = {"model": self.model.to_json(), "weights": self.weights.to_json()}
+        return {"schema_version": data.pop("schema_version"), **data, **parts}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:

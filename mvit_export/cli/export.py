@@ -26,6 +26,12 @@ def export(
     weights: Annotated[
         str | None, typer.Option(help="Checkpoint: FILE, folder, hf:ID or timm:ID.", rich_help_panel=MODEL)
     ] = None,
+    no_ema: Annotated[
+        bool,
+        typer.Option(
+            "--no-ema", help="Of a checkpoint with averaged weights, read those as trained.", rich_help_panel=MODEL
+        ),
+    ] = False,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Use the official weights.", rich_help_panel=MODEL)
     ] = False,
@@ -39,7 +45,8 @@ def export(
         Path | None, typer.Option(help="File of class labels, one per line.", rich_help_panel=MODEL)
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Number of classes of an untrained MobileViT (1000).", rich_help_panel=MODEL)
+        int | None,
+        typer.Option(help="Number of classes of an untrained MobileViT or timm model (1000).", rich_help_panel=MODEL),
     ] = None,
     image_size: Annotated[
         list[str] | None,
@@ -147,7 +154,10 @@ def export(
                 "num_classes": num_classes, "patch_config": patch_config, "image_size": image_size or None,
                 "labels": labels, "input_shape": parse_shape(input_shape) if input_shape else None,
             }  # fmt: skip
-            loaded = load_again(like, chosen) if like else mvit_export.load_model(**chosen, seed=seed)  # type: ignore[arg-type]
+            if like:
+                loaded = load_again(like, {**chosen, "no_ema": no_ema})
+            else:
+                loaded = mvit_export.load_model(**chosen, seed=seed, ema=not no_ema)  # type: ignore[arg-type]
             try:
                 results, failures = mvit_export.export(
                     loaded, **conversion, out=out, overwrite=overwrite, verify=verify, recipe=recipe,

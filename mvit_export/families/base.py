@@ -14,7 +14,8 @@ from mvit_export.models.loaded import LoadedModel
 class Request:
     """The model that a user asks for: a `variant` of a family, a `model` by its source, or what `weights` contains.
 
-    `options` are the family's own, by name, those that were given.
+    `options` are the family's own, by name, those that were given. `ema` says which set to read where a checkpoint has
+    the weights as trained and an average of them, see `find_entry`.
     """
 
     variant: str | None = None
@@ -24,6 +25,7 @@ class Request:
     num_classes: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    ema: bool | None = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Family:
     owns: Callable[[str], bool]
     load: Callable[[Request], LoadedModel]
     variants: tuple[str, ...] = ()  # empty: its models are named by `--model`
+    counts_classes: bool = False  # whether its networks are built for a number of classes that the user names
     options: Mapping[str, FamilyOption] = field(default_factory=dict)
     smallest_image: int = 1  # pixels of a side
     # Whether another process builds the same model from its name and weights: a user's file may set globals, read the

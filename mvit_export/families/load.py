@@ -40,6 +40,7 @@ def load_model(
     input_shape: Sequence[int] | None = None,
     labels: str | Path | Sequence[str] | None = None,
     seed: int = 0,
+    ema: bool = True,
     **options: str | None,
 ) -> LoadedModel:
     """Build a MobileViT `variant` ("xxs", "xs", "s"), or any `model` ("FILE.py:FACTORY", "timm:NAME", or an nn.Module).
@@ -48,15 +49,16 @@ def load_model(
     with `against="golden"`.
 
     `weights` is a file, a folder, `hf:ID` or `timm:ID`; `pretrained` means the official ones; with neither the network
-    is untrained, seeded with `seed`. `image_size` is 256, "240x272" (height x width) or a list. `options` are
-    the family's own: `patch_config` of MobileViT, "A" or "B".
+    is untrained, seeded with `seed`. Where a file has the weights as trained and an average of them, the average is
+    read, or with `ema=False` the others. `image_size` is 256, "240x272" (height x width) or a list. `options` are the
+    family's own: `patch_config` of MobileViT, "A" or "B".
     Raises children of MvitExportError.
     """
     if variant is not None and not isinstance(variant, str):
         raise UsageError(f"variant is a {type(variant).__name__}, expected a name; pass a module as model=")
     if model is not None and not isinstance(model, str):
         model = announce(model)
-    asked = Request(variant, model, weights, pretrained, num_classes, check_options(options), seed)
+    asked = Request(variant, model, weights, pretrained, num_classes, check_options(options), seed, ema)
     family, asked = find_family(asked, input_shape)
     check_size(family, image_size, input_shape)
     code = code_named(family, asked.model)  # as it is before it runs
@@ -84,6 +86,7 @@ def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> L
         num_classes=info.num_classes,
         options=family.settings_of(info),
         seed=origin.seed or 0,
+        ema=origin.ema,
     )
     loaded = build(family, asked)
     found = loaded.weights.state_sha256
@@ -190,12 +193,14 @@ def find_family(asked: Request, input_shape: Sequence[int] | None) -> tuple[Fami
 
 
 def family_of_model(asked: Request, source: str) -> Family:
-    """The family that `--model` refers to. Raises UsageError for options of networks named by a variant."""
-    for name, value in {"variant": asked.variant, "num_classes": asked.num_classes, **asked.options}.items():
+    """The family that `--model` refers to. Raises UsageError for options that its networks do not have."""
+    family = next(family for family in FAMILIES if not family.variants and family.owns(source))
+    classes = None if family.counts_classes else asked.num_classes
+    for name, value in {"variant": asked.variant, "num_classes": classes, **asked.options}.items():
         if value is not None:
-            owner = titles(having="variants")
+            owner = titles(having="counts_classes" if name == "num_classes" else "variants")
             raise UsageError(f"{flag(name)} belongs to {owner}; with --model, set it in the model's own factory")
-    return next(family for family in FAMILIES if not family.variants and family.owns(source))
+    return family
 
 
 def flag(name: str) -> str:

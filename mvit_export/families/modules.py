@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,31 @@ from mvit_export.models.loaded import LoadedModel, call_guarded, count_parameter
 if TYPE_CHECKING:
     from torch import nn
 
+    from mvit_export.models.checkpoints import Checkpoint
+
+Notes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A checkpoint as read from `file`, under the user's name for it, with the hub's commit."""
+
+    checkpoint: Checkpoint
+    file: Path
+    name: str
+    revision: str | None
+
+
+def read_weights(asked: Request, weights: str | Path | None) -> StoredWeights | None:
+    """Read a file, folder or hub model; None if there is none. Raises WeightsError and HubError."""
+    if weights is None:
+        return None
+    from mvit_export.models.checkpoints import find_weights, read_checkpoint
+
+    path, name, revision = locate(str(weights))
+    file = find_weights(path) if path.is_dir() else path
+    return StoredWeights(read_checkpoint(file, ema=asked.ema), file, name, revision)
+
 
 def describe_module(
     module: nn.Module,
@@ -24,15 +49,15 @@ def describe_module(
     *,
     name: str,
     source: str,
-    weights: str | Path | None,
+    weights: StoredWeights | None,
     trained: bool | None,
     preprocessing: Callable[[nn.Module], Any],
 ) -> LoadedModel:
     """A module with its weights loaded, and what an export records. `trained` applies if there are no `weights`."""
     module = call_guarded(lambda: module.eval().float(), f"{asked.model}, made float32,")
-    origin = WeightsInfo(None, None, None, "", trained, asked.seed)
+    origin, notes = WeightsInfo(None, None, None, "", trained, asked.seed), Notes()
     if weights is not None:
-        origin = load_weights_into(module, str(weights))
+        origin, notes = load_weights_into(module, weights, asked.ema)
     digest = call_guarded(lambda: state_digest(module), f"{asked.model}, asked for its state,")
     found = preprocessing(module)
     info = ModelInfo(
@@ -40,14 +65,13 @@ def describe_module(
     )
     origin = replace(origin, state_sha256=digest)
     known = found if isinstance(found, Preprocessing) else DEFAULT_PREPROCESSING
-    return LoadedModel(module, info, origin, known, (), ())
+    return LoadedModel(module, info, origin, known, (), (), notes)
 
 
-def load_weights_into(module: nn.Module, weights: str) -> WeightsInfo:
-    """Load a file, folder or hub model strictly into any module."""
-    from mvit_export.models.checkpoints import find_weights
-    from mvit_export.models.fit import load_strict
+def load_weights_into(module: nn.Module, weights: StoredWeights, ema: bool | None) -> tuple[WeightsInfo, Notes]:
+    """Load weights strictly into any module."""
+    from mvit_export.models.fit import load_into
 
-    path, name, revision = locate(weights)
-    sha256 = load_strict(module, find_weights(path) if path.is_dir() else path)
-    return WeightsInfo(name, "model", sha256, "", trained=True, seed=None, revision=revision)
+    loaded = load_into(module, weights.checkpoint, weights.file, ema)
+    origin = WeightsInfo(weights.name, "model", loaded.sha256, "", True, None, weights.revision, loaded.ema)
+    return origin, loaded.notes

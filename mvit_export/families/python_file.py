@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvit_export.errors import ModelError, UsageError
 from mvit_export.families.base import Family, Request
-from mvit_export.families.modules import describe_module
+from mvit_export.families.modules import describe_module, read_weights
 from mvit_export.models.loaded import LoadedModel, call_guarded, seeded
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 def load(asked: Request) -> LoadedModel:
     source = str(asked.model)
+    weights = read_weights(asked, asked.weights)
     with seeded(asked.seed):
         module = build_from_file(source, asked.pretrained)
     file, _, factory = source.rpartition(":")
     return describe_module(
-        module, asked, name=factory, source=f"{Path(file).absolute()}:{factory}", weights=asked.weights,
+        module, asked, name=factory, source=f"{Path(file).absolute()}:{factory}", weights=weights,
         trained=None,  # the factory may have loaded its own weights
         preprocessing=lambda module: getattr(module, "preprocessing", None),
     )  # fmt: skip

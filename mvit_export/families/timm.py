@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mvit_export.data.preprocessing import Preprocessing
 from mvit_export.errors import MissingDependencyError, ModelError
 from mvit_export.families.base import Family, Request
-from mvit_export.families.modules import describe_module
+from mvit_export.families.modules import StoredWeights, describe_module, read_weights
 from mvit_export.models.loaded import LoadedModel, call_guarded, seeded
 
 if TYPE_CHECKING:
@@ -20,24 +20,47 @@ PREFIX = "timm:"
 
 def load(asked: Request) -> LoadedModel:
     source = str(asked.model)
-    with seeded(asked.seed):
-        module = build_timm(source)
-    weights = timm_weights(source) if asked.pretrained else asked.weights
+    module = build_timm(source, asked.num_classes if asked.weights is None else None, asked.seed)
+    weights = read_weights(asked, timm_weights(source) if asked.pretrained else asked.weights)
+    if weights is not None:
+        classes = count_classes(module, weights, asked)
+        if classes not in (None, getattr(module, "num_classes", None)):
+            module = build_timm(source, classes, asked.seed)
     return describe_module(
         module, asked, name=source.removeprefix(PREFIX), source=source, weights=weights, trained=False,
         preprocessing=timm_preprocessing,
     )  # fmt: skip
 
 
-def build_timm(source: str) -> nn.Module:
-    """An untrained timm model by name."""
+def count_classes(module: nn.Module, weights: StoredWeights, asked: Request) -> int | None:
+    """How many classes a checkpoint has, by its classifier's weights; None if they are not found.
+
+    Raises WeightsError if others were asked for.
+    """
+    from mvit_export.models.checkpoints import blame
+    from mvit_export.models.fit import check_classes
+
+    names = getattr(module, "pretrained_cfg", {}).get("classifier") or ""
+    name = names if isinstance(names, str) else names[0]  # a distilled network has a second head
+    with blame(weights.file):
+        found = weights.checkpoint.aligned(module.state_dict(), asked.ema).tensors.get(f"{name}.weight")
+        if found is None or not found.ndim:
+            return None
+        check_classes(len(found), asked.num_classes)
+    return len(found)
+
+
+def build_timm(source: str, num_classes: int | None = None, seed: int = 0) -> nn.Module:
+    """An untrained timm model by name, with its own number of classes if None is given."""
     timm, name = import_timm(), source.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ModelError(
             f"timm has no model {name!r}" + (f"; it has {near}, …" if near else "; see timm.list_models()")
         )
-    return call_guarded(lambda: timm.create_model(name, pretrained=False), f"timm's {name}")
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    with seeded(seed):
+        return call_guarded(lambda: timm.create_model(name, pretrained=False, **options), f"timm's {name}")
 
 
 def timm_weights(source: str) -> str:
@@ -94,4 +117,6 @@ def timm_preprocessing(module: Any) -> Preprocessing:
     )
 
 
-TIMM = Family(title="timm", owns=lambda source: source.startswith(PREFIX), load=load, prepare=import_timm)
+TIMM = Family(
+    title="timm", owns=lambda source: source.startswith(PREFIX), load=load, prepare=import_timm, counts_classes=True
+)

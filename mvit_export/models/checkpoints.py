@@ -8,9 +8,9 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvit_export.errors import WeightsError
+from mvit_export.models.entries import find_entry
+from mvit_export.models.plain_data import allowed
+from mvit_export.models.prefixes import align
 from mvit_export.system.files import NOT_UTF8, is_utf8
 from mvit_export.system.reading import (
     GB,
@@ -32,17 +35,27 @@ from mvit_export.system.reading import (
 )
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one found in a model folder is read
-WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema_model_state_dict", "model_ema")
 DOWNLOAD_AGAIN = "download it again"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one file as stored, its text metadata (safetensors only) and the file's sha256."""
+    """The tensors of one file as stored, its text metadata (safetensors only) and the file's sha256.
+
+    `ema` and `notes` as in `Entry`: which set of weights it is, and what was decided.
+    """
 
     tensors: Mapping[str, Tensor]
     sha256: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    ema: bool | None = None
+    notes: tuple[str, ...] = ()
+
+    def aligned(self, names: Iterable[str], ema: bool | None) -> Checkpoint:
+        """With the names of a network, see `align`."""
+        found = align(self.tensors, names, ema)
+        which = self.ema if found.ema is None else found.ema
+        return replace(self, tensors=found.tensors, ema=which, notes=(*self.notes, *found.notes))
 
 
 @contextmanager
@@ -56,14 +69,19 @@ def blame(source: str | Path) -> Iterator[None]:
         raise WeightsError("".join(c if c.isprintable() else "?" for c in line)) from (error.__cause__ or error)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a safetensors file or a pickle of tensors (.pt, .pth, .bin) onto the CPU. Raises WeightsError."""
+def read_checkpoint(path: str | Path, *, ema: bool | None = True) -> Checkpoint:
+    """Read a safetensors file or a pickle of tensors (.pt, .pth, .bin) onto the CPU. Raises WeightsError.
+
+    `ema` as in `find_entry`.
+    """
     path = Path(path)
     with blame(path):
         try:
-            kind = file_kind(path)
-            tensors, metadata = read_safetensors(path) if kind == "safetensors" else (read_pickle(path), {})
-            return Checkpoint(tensors, sha256_file(path), metadata)
+            if file_kind(path) == "safetensors":
+                tensors, metadata = read_safetensors(path)
+                return Checkpoint(tensors, sha256_file(path), metadata)
+            entry = find_entry(read_pickle(path), ema)
+            return Checkpoint(entry.tensors, sha256_file(path), {}, entry.ema, entry.notes)
         except OSError as error:
             raise WeightsError(f"cannot be read ({error.strerror or error}): check the path and its rights") from error
 
@@ -106,13 +124,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> Any:
+    """What a pickle holds: tensors and plain data."""
     try:
         # Given a path, torch would go by its suffix. Its warnings are about how the file was written.
         check_zip(path, max(GB, UNPACKED * path.stat().st_size))
         with open_regular(path, WEIGHTS) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with allowed():
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Unreadable as error:
         raise WeightsError(f"{error.strerror}: {DOWNLOAD_AGAIN}") from error
     except pickle.UnpicklingError as error:
@@ -124,7 +144,6 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         message = f"a damaged or truncated PyTorch file ({reason}), expected a whole one: {DOWNLOAD_AGAIN}"
         raise WeightsError(message) from error
-    return strip_prefix(unwrap(content), "module.")  # "module." is DataParallel's
 
 
 def refusal(reason: str) -> str:
@@ -136,27 +155,6 @@ def refusal(reason: str) -> str:
             " expected tensors only: save model.state_dict(), best as safetensors"
         )
     return f"a pickle of something other than tensors, or a damaged one: expected a state dict, {DOWNLOAD_AGAIN}"
-
-
-def unwrap(content: Any) -> dict[str, Tensor]:
-    """The state dict inside what training scripts save around it (epoch, optimizer, ...)."""
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"holds a {type(content).__name__}, expected a state dict: save model.state_dict()")
-    for name in WRAPPERS:
-        if isinstance(content.get(name), Mapping) and content[name]:
-            return unwrap(content[name])
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        found = ", ".join(f"{key} ({type(value).__name__})" for key, value in list(content.items())[:4]) or "no entries"
-        raise WeightsError(f"a dict with {found}, expected tensors by name: save model.state_dict()")
-    return tensors
-
-
-def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Remove `prefix` if every key has it."""
-    if not all(key.startswith(prefix) for key in tensors):
-        return tensors
-    return {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 
 def find_weights(folder: Path) -> Path:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mvit_export.errors import WeightsError
-from mvit_export.models.checkpoints import blame, read_checkpoint
-
-COUNTER = "num_batches_tracked"  # of BatchNorm: has no influence, and is absent from some files
+from mvit_export.models.checkpoints import Checkpoint, blame
+from mvit_export.models.prefixes import COUNTER
 
 
 def fit(
@@ -62,14 +61,21 @@ def missing(key: str, want: Tensor) -> str:
     return f"{key} is missing, expected shape {tuple(want.shape)}: {why}"
 
 
-def load_strict(module: nn.Module, path: str | Path) -> str:
-    """Load a checkpoint file into any module, key by key as strictly as MobileViT's; returns the file's sha256.
+def check_classes(found: int, wanted: int | None) -> None:
+    if wanted is not None and wanted != found:
+        message = f"the checkpoint has {found} classes, asked for {wanted}"
+        raise WeightsError(f"{message}: leave --num-classes out or use --num-classes {found}")
 
-    The module stays as it was if anything does not fit (WeightsError).
+
+def load_into(module: nn.Module, checkpoint: Checkpoint, source: str | Path, ema: bool | None = True) -> Checkpoint:
+    """Load what was read from `source` into any module, key by key as strictly as MobileViT's.
+
+    Returns the checkpoint under the module's names. The module stays as it was if anything does not fit (WeightsError).
+    `ema` as in `find_entry`.
     """
-    checkpoint = read_checkpoint(path)
     expected = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     masks = frozenset(key for key, value in expected.items() if not torch.isfinite(value).all())  # -inf on purpose
-    with blame(Path(path)):
-        module.load_state_dict(fit(checkpoint.tensors, expected, unchecked=masks))
-    return checkpoint.sha256
+    with blame(source):
+        aligned = checkpoint.aligned(expected, ema)
+        module.load_state_dict(fit(aligned.tensors, expected, unchecked=masks))
+    return aligned

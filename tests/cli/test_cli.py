@@ -186,7 +186,7 @@ def test_help_and_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("mvit-export ")
     options = cli("export", "--help").out
     for option in (
-        "--to", "--variant", "--model", "--weights", "--pretrained", "--num-classes", "--image-size", "--patch-config",
+        "--to", "--variant", "--model", "--weights", "--pretrained", "--no-ema", "--num-classes", "--image-size", "--patch-config",
         "--precision", "--opset", "--deployment-target", "--labels", "--input", "--out", "--overwrite", "--no-verify",
         "--seed", "--json",
     ):  # fmt: skip

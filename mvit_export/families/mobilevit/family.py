@@ -26,12 +26,14 @@ def load(asked: Request) -> LoadedModel:
     from mvit_export.families.mobilevit.weights import OFFICIAL, load_weights
 
     source = OFFICIAL[asked.variant] if asked.pretrained and asked.variant else str(asked.weights)
-    found = load_weights(source, variant=asked.variant, num_classes=asked.num_classes, **asked.options)
+    found = load_weights(source, variant=asked.variant, num_classes=asked.num_classes, ema=asked.ema, **asked.options)
     module = MobileViT(found.config)
     module.load_state_dict(dict(found.state))
-    origin = WeightsInfo(found.source, found.family, found.sha256, state_digest(module), True, None, found.revision)
+    origin = WeightsInfo(
+        found.source, found.family, found.sha256, state_digest(module), True, None, found.revision, found.ema
+    )
     info = replace(describe(module, found.variant), labels=distinguish(found.labels))
-    return LoadedModel(module.eval(), info, origin, found.preprocessing, (), ())
+    return LoadedModel(module.eval(), info, origin, found.preprocessing, (), (), found.notes)
 
 
 def untrained(asked: Request) -> LoadedModel:
@@ -68,6 +70,7 @@ MOBILEVIT = Family(
     owns=(*VARIANT_NAMES, CUSTOM).__contains__,
     load=load,
     variants=VARIANT_NAMES,
+    counts_classes=True,
     options={"patch_config": FamilyOption("patch configuration", ("A", "B"))},
     smallest_image=SMALLEST_IMAGE,
     forms="mvit_export.families.mobilevit.forms",

@@ -15,6 +15,7 @@ from torch import Tensor
 from mvit_export.errors import WeightsError
 from mvit_export.families.mobilevit.network import DEPTHS, VARIANTS, MobileViT, MobileViTConfig
 from mvit_export.models.fit import fit
+from mvit_export.models.prefixes import align
 
 
 @dataclass(frozen=True)
@@ -202,16 +203,28 @@ REFUSED = (
 )
 
 
-def recognise(state: Mapping[str, Tensor]) -> str:
-    """The family whose names the keys are. Raises WeightsError for other networks, naming those that are known."""
-    for starts, message in REFUSED:
-        key = next((key for key in state if key.startswith(starts)), None)
-        if key is not None:
-            raise WeightsError(f"{message} (found {key})")
-    config = VARIANTS["xxs"]
-    shared = {family: len(state.keys() & expected_tensors(family, config).keys()) for family in FAMILIES}
+def recognise(state: Mapping[str, Tensor], ema: bool | None = True) -> tuple[str, frozenset[str]]:
+    """The family whose names the keys are, but for what wrappers put before them, and all its names.
+
+    Raises WeightsError for other networks, naming those that are known. `ema` as in `find_entry`.
+    """
+    refuse_others(state)
+    names = {family: frozenset(expected_tensors(family, VARIANTS["xxs"])) for family in FAMILIES}
+    found = {family: align(state, names[family], ema).tensors for family in FAMILIES}
+    shared = {family: len(found[family].keys() & names[family]) for family in FAMILIES}
     best = max(shared, key=lambda family: shared[family])
-    if shared[best] * 4 < len(state):  # a stray name in common proves nothing
-        found = ", ".join(list(state)[:3])
-        raise WeightsError(f"its names ({found}, ...) are not MobileViT's; expected weights of {', '.join(FAMILIES)}")
-    return best
+    if shared[best] * 4 < len(found[best]):  # a stray name in common proves nothing
+        keys = ", ".join(list(state)[:3])
+        raise WeightsError(f"its names ({keys}, ...) are not MobileViT's; expected weights of {', '.join(FAMILIES)}")
+    return best, names[best]
+
+
+def refuse_others(state: Mapping[str, Tensor]) -> None:
+    """Raises WeightsError for networks known by how their names begin, behind any prefix that all of them share."""
+    parts = [key.split(".") for key in state if "." in key]  # the others count something
+    depth = next((i for i, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), 0)
+    for index in range(depth + 1):
+        for starts, message in REFUSED:
+            key = next((key for key in state if ".".join(key.split(".")[index:]).startswith(starts)), None)
+            if key is not None:
+                raise WeightsError(f"{message} (found {key})")

@@ -26,6 +26,7 @@ from mvit_export.families.mobilevit.names import classes_in, closest_variant, ma
 from mvit_export.families.mobilevit.network import PATCH_CONFIGS, VARIANTS, MobileViT, MobileViTConfig
 from mvit_export.families.mobilevit.variants import CUSTOM
 from mvit_export.models.checkpoints import Checkpoint, blame, find_weights, read_checkpoint
+from mvit_export.models.fit import check_classes
 from mvit_export.models.hub import locate
 from mvit_export.system.files import write_whole
 
@@ -50,6 +51,8 @@ class LoadedWeights:
     source: str  # as the user wrote it; a local path made absolute
     sha256: str  # of the weights file
     revision: str | None = None  # commit on the hub
+    ema: bool | None = None  # whether these are the averaged weights, where the file has such
+    notes: tuple[str, ...] = ()  # what was decided, a line each
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,17 @@ class Details:
 
 
 def load_weights(
-    source: str, *, variant: str | None = None, num_classes: int | None = None, patch_config: str | None = None
+    source: str,
+    *,
+    variant: str | None = None,
+    num_classes: int | None = None,
+    patch_config: str | None = None,
+    ema: bool | None = True,
 ) -> LoadedWeights:
     """Load `source`: a file, a folder from transformers or timm, `hf:ID[@REVISION]` or `timm:ID[@REVISION]`.
 
     `variant` and `num_classes` come from the checkpoint; if given, they must match it. `patch_config` leaves no trace
-    in the weights of other families and defaults to "A".
+    in the weights of other families and defaults to "A". `ema` as in `find_entry`.
     Raises WeightsError (unreadable or unfit), HubError (unavailable), UsageError (no such variant or patches).
     """
     if variant is not None and variant not in VARIANTS:
@@ -79,23 +87,17 @@ def load_weights(
     folder = path if path.is_dir() else None
     with blame(name):
         weights_file = find_weights(path) if folder else path
-    checkpoint = read_checkpoint(weights_file)
+    checkpoint = read_checkpoint(weights_file, ema=ema)
     with blame(name):
-        family = recognise(checkpoint.tensors)
+        family, names = recognise(checkpoint.tensors, ema)
+        checkpoint = checkpoint.aligned(names, ema)
         details = describe(checkpoint, family, folder, variant, patch_config)
         check_classes(details.config.num_classes, num_classes)
         state = map_state(checkpoint.tensors, family, details.config)
     return LoadedWeights(
-        state,
-        details.config,
-        details.variant,
-        family,
-        details.preprocessing,
-        details.labels,
-        source=name,
-        sha256=checkpoint.sha256,
-        revision=revision,
-    )
+        state, details.config, details.variant, family, details.preprocessing, details.labels,
+        name, checkpoint.sha256, revision, checkpoint.ema, checkpoint.notes,
+    )  # fmt: skip
 
 
 def describe(
@@ -163,12 +165,6 @@ def variant_of(config: MobileViTConfig) -> str:
         if same == (config.stem, config.stages, config.widths, config.head, config.expansion):
             return name
     return CUSTOM
-
-
-def check_classes(found: int, wanted: int | None) -> None:
-    if wanted is not None and wanted != found:
-        message = f"the checkpoint has {found} classes, asked for {wanted}"
-        raise WeightsError(f"{message}: leave --num-classes out or use --num-classes {found}")
 
 
 def save_weights(

@@ -22,7 +22,8 @@ from mvit_export.errors import HubError, MvitExportError, UsageError, WeightsErr
 from mvit_export.families.mobilevit.names import expected_tensors
 from mvit_export.families.mobilevit.network import MobileViTConfig, create_mobilevit
 from mvit_export.families.mobilevit.weights import load_weights, save_weights
-from mvit_export.models.fit import load_strict
+from mvit_export.models.checkpoints import read_checkpoint
+from mvit_export.models.fit import load_into
 
 State = dict[str, torch.Tensor]
 MARK = Path(tempfile.gettempdir()) / f"mvit-export-ran-a-pickle-{os.getpid()}"
@@ -490,5 +491,8 @@ def test_load_strict_changes_nothing_on_error(tmp_path: Path) -> None:
     ]
     for state, fragment in rows:
         torch.save(state, tmp_path / "w.pt")
-        assert_says(message_of(lambda: load_strict(module, tmp_path / "w.pt"), WeightsError), ["w.pt: ", fragment])
+        assert_says(
+            message_of(lambda: load_into(module, read_checkpoint(tmp_path / "w.pt"), tmp_path / "w.pt"), WeightsError),
+            ["w.pt: ", fragment],
+        )
         assert torch.equal(module.weight, before)
