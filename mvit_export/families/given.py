@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvit_export.errors import ModelError, UsageError
 from mvit_export.families.base import Family, Request
-from mvit_export.families.modules import describe_module
+from mvit_export.families.modules import describe_module, read_weights
 from mvit_export.models.loaded import LoadedModel, call_guarded
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def load(asked: Request) -> LoadedModel:
     new = _announced.pop(source, None)
     module = copy.deepcopy(find(source)) if new is None else new
     loaded = describe_module(
-        module, asked, name=type(module).__name__, source=source, weights=asked.weights, trained=None,
+        module, asked, name=type(module).__name__, source=source, trained=None,
+        weights=read_weights(asked, asked.weights),
         preprocessing=lambda module: getattr(module, "preprocessing", None),
     )  # fmt: skip
     if new is not None:

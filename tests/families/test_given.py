@@ -75,3 +75,15 @@ def test_another_process_says_what_it_can_do(cli: Callable[..., Any], tmp_path: 
 def test_what_it_does_not_take(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         call()
+
+
+def test_it_takes_a_checkpoint_with_a_wrapper_s_names(tmp_path: Path) -> None:
+    trained = Tint()
+    nn.init.ones_(trained.conv.weight)
+    torch.save({"net": nn.DataParallel(trained).state_dict()}, tmp_path / "w.pt")
+    model = load_model(model=Tint(), weights=tmp_path / "w.pt", image_size=32)
+    assert torch.equal(model.module.conv.weight, trained.conv.weight)
+    assert model.notes == (
+        "the weights are those of net in the checkpoint",
+        "the prefix module. was taken off the checkpoint's names",
+    )
