@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvit_export.artifact import Artifact, Manifest, TensorSpec, image_size, load_golden
+from mvit_export.checks.flat import picture_of
 from mvit_export.data.preprocessing import Preprocessing, to_tensor
 from mvit_export.data.synthetic import batched, pictures, tensors
 
@@ -49,6 +50,15 @@ def cases_of(artifact: Artifact) -> list[Case]:
         return make_cases(manifest)
     stored = load_golden(artifact)
     return [stored_case(name, tensors[manifest.inputs[0].name], manifest) for name, tensors in stored.items()]
+
+
+def flat_case(name: str, manifest: Manifest) -> Case:
+    """A flat picture by its name, see checks/flat.py, in the first size."""
+    spec, preprocessing = manifest.inputs[0], manifest.preprocessing
+    assert preprocessing is not None
+    picture = picture_of(name, image_size(spec.shape, spec))[None].repeat(spec.shape[0] or 1, axis=0)
+    model_input = to_tensor(picture, preprocessing)
+    return Case(name, picture if spec.layout == "NHWC" else model_input, model_input)
 
 
 def stored_case(name: str, array: np.ndarray, manifest: Manifest) -> Case:

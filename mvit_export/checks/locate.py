@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mvit_export.artifact import Artifact
-from mvit_export.checks.inputs import cases_of
+from mvit_export.checks.inputs import cases_of, flat_case
 from mvit_export.checks.layers import Intermediate, read_intermediates
 from mvit_export.checks.reference_layers import Call, ancestors, record
 from mvit_export.formats.base import PLAIN
@@ -159,7 +159,8 @@ def locate(
         from mvit_export.families.forms import write_as
 
         network = write_as(network, manifest)
-    (chosen,) = [item for item in cases_of(artifact) if item.name == case]
+    known = {item.name: item for item in cases_of(artifact)}
+    chosen = known.get(case) or flat_case(case, manifest)
     recorder = record(network, chosen.model_input)
     intermediates = read_intermediates(artifact, chosen.artifact_input, recorder.chains)
     found = first_divergence(recorder.calls, intermediates, max_rel, passed=passed)

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mvit_export.artifact import (
     Artifact,
+    Manifest,
     find_artifacts,
     load_golden,
     read_artifact,
@@ -30,14 +32,19 @@ from mvit_export.checks.comparison import (
     judge_outcomes,
     run_cases,
 )
-from mvit_export.checks.inputs import cases_of
+from mvit_export.checks.flat import BLACK, WHITE, name_of, weakest_colour
+from mvit_export.checks.inputs import Case, cases_of, flat_case
 from mvit_export.checks.locate import locate
 from mvit_export.checks.reference import FLOAT32_PREFIX, Pair, Reference
 from mvit_export.errors import ArtifactError, RuntimeUnavailable, UsageError
+from mvit_export.formats.base import SAME_ARITHMETIC
 from mvit_export.readers.session import Session, openers
 from mvit_export.results.parity import ParityReport, ParityResult
 from mvit_export.results.status import FAIL, NOT_RUN, PASS
 from mvit_export.tasks.table import task_of
+
+if TYPE_CHECKING:
+    from mvit_export.models.loaded import LoadedModel
 
 REFERENCES = ("pytorch", "golden")
 Openers = Callable[[Artifact], Sequence[Callable[[Artifact], Session]]]
@@ -199,7 +206,17 @@ def _golden_pairs(artifact: Artifact) -> list[Pair]:
 def _torch_references(artifact: Artifact, weights: str | Path | None) -> References:
     from mvit_export.families.load import rebuild_model
 
-    reference = Reference(rebuild_model(artifact.manifest, weights=weights))
-    pairs = [reference.answer(case.name, case.artifact_input, case.model_input) for case in cases_of(artifact)]
+    model = rebuild_model(artifact.manifest, weights=weights)
+    reference = Reference(model)
+    cases = [*cases_of(artifact), *weakest_cases(model, artifact.manifest)]
+    pairs = [reference.answer(case.name, case.artifact_input, case.model_input) for case in cases]
     note = f"the reference is float32, the network does not run in float64: {reference.reason}"
     return References(pairs, reference.dtype, note if reference.reason else "")
+
+
+def weakest_cases(model: LoadedModel, manifest: Manifest) -> list[Case]:
+    """The flat picture that shows a wrong eps, where the bounds are narrow enough to see it and no other is as flat."""
+    if manifest.preprocessing is None or manifest.target.precision_row.tolerance != SAME_ARITHMETIC:
+        return []
+    colour = weakest_colour(model.module, manifest.preprocessing)
+    return [] if colour in (None, BLACK, WHITE) else [flat_case(name_of(colour), manifest)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, TINY
+from conftest import LABELS, ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -169,11 +169,17 @@ def wrong_eps(model: nn.Module) -> None:
             module.eps = 1e-3  # the default of Keras
 
 
+def smaller_eps(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6  # the default of many networks
+
+
 def bear_nan(model: nn.Module) -> None:
     model.classifier.bias.data[3] = float("nan")
 
 
-MUTATIONS = [(m, "onnx") for m in (swap_channels, transpose_weight, drop_layer_norm, wrong_eps, bear_nan)]
+MUTATIONS = [(m, "onnx") for m in (swap_channels, transpose_weight, drop_layer_norm, wrong_eps, smaller_eps, bear_nan)]
 MUTATIONS += [(m, fmt) for m in (swap_channels, bear_nan) for fmt in ("coreml", "tflite")]  # the check is the same
 
 
@@ -185,6 +191,22 @@ def test_mutated_file_fails(mutate: Callable[[nn.Module], None], fmt: str, tiny_
     assert result.parity is not None
     assert result.parity.status == "fail"
     assert ("NaN" in result.parity.reason) == (mutate is bear_nan)
+
+
+def test_smaller_eps_fails_in_a_trained_network(tmp_path: Path) -> None:
+    """Only a flat green picture shows it, on which the LayerNorms' inputs vary least."""
+    model = load_model(weights=ROOT / "examples" / "digits_xxs.safetensors", image_size=64)
+    mutated = copy.deepcopy(model.module)
+    smaller_eps(mutated)
+    (result,) = export(replace(model, module=mutated), to="onnx", out=tmp_path)
+    assert result.parity is not None
+    assert (result.parity.status, result.parity.worst_case) == ("fail", "flat-#008000")
+    (located,) = verify(result.artifact.path, find_layer=True)
+    assert located.located is not None
+    assert located.located.case == "flat-#008000"
+    (right,) = export(model, to="onnx", out=tmp_path / "right")
+    assert right.parity is not None
+    assert (right.parity.status, right.parity.inputs) == ("pass", 10)
 
 
 @pytest.mark.parametrize("fmt", ["onnx", "tflite"])
