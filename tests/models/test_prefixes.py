@@ -86,9 +86,10 @@ def test_only_a_part_was_wrapped() -> None:
     assert "0.weight is read as module." in check(STATE, into=nn.DataParallel(network()))[0]
 
 
-def test_missing_key_is_one_that_is_missing_under_the_prefix(tmp_path: Path) -> None:
-    state = under("module.")
-    del state["module.head.bias"]
+@pytest.mark.parametrize("prefix", ["module.", "net.", "model._orig_mod."])
+def test_missing_key_is_one_that_is_missing_under_the_prefix(prefix: str, tmp_path: Path) -> None:
+    state = under(prefix)
+    del state[f"{prefix}head.bias"]
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match=r"w\.pt: head\.bias is missing"):
         load_into(network(), read_checkpoint(tmp_path / "w.pt"), tmp_path / "w.pt")
