@@ -53,7 +53,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the network is. `source` says how to rebuild it: a variant's name, `FILE.py:FACTORY` or `timm:NAME`."""
+    """What the network is. `source` says how to rebuild it: a variant's name, `FILE.py:FACTORY` or `timm:NAME`.
+
+    `scores` are "probabilities" if a classifier returns them, else None; written only where it is set.
+    """
 
     name: str
     source: str
@@ -64,11 +67,13 @@ class ModelInfo:
     num_classes: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # of its family, e.g. patch_config
     labels: tuple[str, ...] | None = None
+    scores: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        settings, labels = data.pop("settings"), data.pop("labels")
-        return {**data, **dict.fromkeys(SETTINGS), **settings, "labels": labels}
+        settings, labels, scores = data.pop("settings"), data.pop("labels"), data.pop("scores")
+        known = {**data, **dict.fromkeys(SETTINGS), **settings, "labels": labels}
+        return known if scores is None else {**known, "scores": scores}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:

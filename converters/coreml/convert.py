@@ -25,6 +25,7 @@ from mvit_export.data.preprocessing import Preprocessing
 from mvit_export.errors import require
 from mvit_export.families.forms import make_flexible
 from mvit_export.mil.modules import module_names, number_nodes, store_module_names
+from mvit_export.tasks.classification import CLASSIFICATION, PROBABILITIES
 
 WRAPPER = "model.model."  # CoreMLForm holds Exportable, which holds the network
 
@@ -117,10 +118,14 @@ class CoreMLForm(nn.Module):
         preprocessing = conversion.model.preprocessing if conversion.target.input == "image" else None
         self.standardise = Standardise(preprocessing) if preprocessing else nn.Identity()
         self.classifier = conversion.labels is not None
+        self.sure = conversion.model.info.scores == PROBABILITIES
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         outputs = tuple(self.model(self.standardise(image)).values())
-        return (*outputs, outputs[0].softmax(dim=-1)) if self.classifier else outputs
+        if not self.classifier:
+            return outputs
+        scores = outputs[0]  # a quotient by their sum, 1, since two outputs may not be one value
+        return (*outputs, scores / scores.sum(dim=-1, keepdim=True) if self.sure else scores.softmax(dim=-1))
 
 
 class Standardise(nn.Module):
@@ -223,9 +228,11 @@ def describe_input(conversion: Conversion) -> str:
 
 def describe_outputs(conversion: Conversion) -> Iterator[tuple[str, str]]:
     """(name, text) of every output."""
+    sure = conversion.model.info.scores == PROBABILITIES
     for name in conversion.model.output_names:
-        scores = conversion.model.info.task == "image-classification"
-        yield name, "class scores before softmax" if scores else f"{name} of {conversion.model.info.name}"
+        classifier = conversion.model.info.task == CLASSIFICATION.name
+        scores = "probabilities of the classes" if sure else "class scores before softmax"
+        yield name, scores if classifier else f"{name} of {conversion.model.info.name}"
     if conversion.labels:
         yield "classLabel", "label of the most probable class"
-        yield "classLabel_probs", "probability of each label, the softmax of the class scores"
+        yield "classLabel_probs", "probability of each label" + ("" if sure else ", the softmax of the class scores")

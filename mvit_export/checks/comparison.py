@@ -141,9 +141,12 @@ def find_worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def constant_reference(pairs: Sequence[Pair]) -> str | None:
-    """Why a comparison would prove nothing: the reference ignores its input, as an untrained zero head does."""
+    """Why a comparison would prove nothing: the reference ignores its input, as an untrained zero head does, or its
+    answers are float32's denormal numbers, as with initial weights that are small in every layer."""
     for name in pairs[0].outputs:
         rows = reference_rows(name, pairs)
+        if 0 < np.abs(rows).max() < np.finfo(np.float32).tiny:
+            return f"the reference's {name} are below what float32 holds with all digits, 1e-38; load weights"
         if len(rows) > 1 and spread_of(name, pairs) <= FLOAT32_UNIT * np.abs(rows).max():
             return f"the reference gives the same {name} for all {len(rows)} inputs, which proves nothing; load weights"
     return None

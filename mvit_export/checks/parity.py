@@ -25,6 +25,7 @@ from mvit_export.artifact import (
     write_json,
 )
 from mvit_export.checks.comparison import (
+    Outcome,
     constant_reference,
     describe_labels,
     describe_noise,
@@ -39,6 +40,7 @@ from mvit_export.checks.reference import FLOAT32_PREFIX, Pair, Reference
 from mvit_export.errors import ArtifactError, RuntimeUnavailable, UsageError
 from mvit_export.formats.base import SAME_ARITHMETIC
 from mvit_export.readers.session import Session, openers
+from mvit_export.results.fields import MOST
 from mvit_export.results.parity import ParityReport, ParityResult
 from mvit_export.results.status import FAIL, NOT_RUN, PASS
 from mvit_export.tasks.table import task_of
@@ -135,7 +137,7 @@ def _verify_in(
 ) -> ParityResult:
     """Run the artifact in one runtime and judge it."""
     manifest = artifact.manifest
-    tolerance, task = manifest.target.precision_row.tolerance, task_of(manifest)
+    tolerance = manifest.target.precision_row.tolerance
     blank = ParityResult(
         str(artifact.path), manifest.format, manifest.precision, NOT_RUN, "", None, against, 0, None, tolerance
     )
@@ -143,31 +145,37 @@ def _verify_in(
         session = opener(artifact)
     except RuntimeUnavailable as error:
         return replace(blank, reason=str(error))
-    pairs = known().pairs
-    if constant := constant_reference(pairs):
+    if constant := constant_reference(known().pairs):
         return replace(blank, reason=constant, runtime=session.runtime)
-    outcomes = run_cases(manifest, session.run, pairs, on_case)
-    judged = judge_outcomes(outcomes, tolerance, task)
+    outcomes = run_cases(manifest, session.run, known().pairs, on_case)
+    return _verdict(blank, manifest, session, known(), outcomes)
+
+
+def _verdict(
+    blank: ParityResult, manifest: Manifest, session: Session, known: References, outcomes: Sequence[Outcome]
+) -> ParityResult:
+    """The verdict on what a runtime computed."""
+    judged = judge_outcomes(outcomes, manifest.target.precision_row.tolerance, task_of(manifest))
     reasons, noisy = judged.reasons, judged.noisy
     worst_case = find_worst([outcome for outcome in outcomes if outcome.case not in noisy] or outcomes)
     if session.labels != manifest.model.labels:
         reasons = [describe_labels(manifest.model.labels, session.labels), *reasons]
     overflow = None
     if reasons and session.overflow and manifest.precision == "fp16" and not worst_case.broken:
-        overflow = session.overflow(next(pair.array for pair in pairs if pair.case == worst_case.case))
+        overflow = session.overflow(next(pair.array for pair in known.pairs if pair.case == worst_case.case))
     own = [outcome.float32.max_rel for outcome in outcomes if outcome.float32]
     return replace(
         blank,
         status=FAIL if reasons else PASS,
         reason="; ".join([*reasons, *([str(overflow)] if overflow else [])]),
         runtime=session.runtime,
-        inputs=len(pairs),
+        inputs=len(known.pairs),
         metrics=judged.metrics,
-        note="" if reasons else "; ".join(filter(None, (session.note, known().note, describe_noise(noisy)))),
+        note="" if reasons else "; ".join(filter(None, (session.note, known.note, describe_noise(noisy)))),
         worst_case=None if worst_case.broken else worst_case.case,
         overflow=overflow,
-        reference_dtype=known().dtype,
-        float32_max_rel=max(own, default=None),
+        reference_dtype=known.dtype,
+        float32_max_rel=min(max(own), MOST) if own else None,
         noisy_inputs=tuple(noisy),
     )
 

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo, find_artifacts, read_artifact
 from mvit_export.data.preprocessing import MOST_SIDE, Size
 from mvit_export.errors import ModelError, UsageError, WeightsError, require
+from mvit_export.families.answers import with_outputs
 from mvit_export.families.base import Family, Request
 from mvit_export.families.given import announce
 from mvit_export.families.table import FAMILIES, OF_CHECKPOINTS, OPTIONS, VARIANTS, family_of, titles
 from mvit_export.formats.choices import choose, parse_size
-from mvit_export.models.loaded import LoadedModel, call_guarded, check_repeats
-from mvit_export.models.outputs import check_outputs, check_printable, describe_changes, name_outputs, read_labels
+from mvit_export.models.loaded import LoadedModel
 from mvit_export.system import trust
-from mvit_export.tasks.table import find_task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -239,45 +238,3 @@ def with_shapes(loaded: LoadedModel, sizes: tuple[Size, ...] | None, input_shape
     sizes = sizes or (preprocessing.crop,)
     shapes = tuple((1, 3, *size) for size in sizes)
     return replace(loaded, input_shapes=shapes, preprocessing=preprocessing.with_size(sizes[0]))
-
-
-def with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None) -> LoadedModel:
-    """Call the module once per shape to find the task, output names, MACs and classes, and that it works at all.
-
-    Two more calls tell whether it answers the same input in the same way.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    for shape in reversed(loaded.input_shapes):  # the first shape last, so that its count is kept
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            returned = call_guarded(
-                lambda: loaded.module(torch.zeros(shape)),  # noqa: B023 (called at once)
-                f"the model, called on a float32 tensor {shape},",
-            )
-    info = loaded.info
-    shapes = {name: tuple(tensor.shape) for name, tensor in name_outputs(returned).items()}
-    task = find_task(info.task, shapes)
-    outputs = name_outputs(returned, task.output_names if len(task.output_names) == len(shapes) else None)
-    check_outputs(outputs)
-    classes = info.num_classes or task.count_classes(shapes)
-    macs = counter.get_total_flops() // 2  # torch counts a multiply-add as two
-    info = replace(info, task=task.name, num_classes=classes, macs=macs)
-    check_answers(loaded.module, loaded.input_shapes[0], tuple(outputs), info.name)
-    if labels is not None:
-        info = replace(info, labels=read_labels(labels, classes))
-    check_printable(info.labels or (), "the checkpoint")
-    notes = (*loaded.notes, *describe_changes(returned, outputs))
-    return replace(loaded, info=info, output_names=tuple(outputs), notes=notes)
-
-
-def check_answers(module: nn.Module, shape: tuple[int, ...], names: Sequence[str], what: str) -> None:
-    """Raises ModelError for a network that gives other outputs for the same input."""
-    import torch
-
-    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        runs = [name_outputs(module(noise.clone()), names) for _ in range(2)]
-    first, second = ({name: tensor.float().numpy() for name, tensor in run.items()} for run in runs)
-    check_repeats(first, second, what)

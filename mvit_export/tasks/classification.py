@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from mvit_export.tasks.base import Figure, Shapes, Task
 from mvit_export.tasks.class_scores import divergences, top_k_agreement, top_probability_change
 from mvit_export.tasks.class_scoring import CLASS_SCORING
 
+LOGITS, PROBABILITIES = "logits", "probabilities"  # what class scores are
+SMALLEST = 1e-30  # of a probability whose logarithm is taken
 PROBABILITY_TOLERANCE = 5e-3  # fp16 holds a probability to 5e-4; the softmax before it adds up several such roundings
 
 
 def check_classifier(outputs: Mapping[str, Any], manifest: Manifest) -> None:
-    """A classifier's own outputs: labels in the manifest's order, their probabilities the softmax of the scores.
+    """A classifier's own outputs: labels in the manifest's order, their probabilities the softmax of the logits.
 
     A file without labels has no outputs of its own to check.
 
@@ -32,10 +35,14 @@ def check_classifier(outputs: Mapping[str, Any], manifest: Manifest) -> None:
         raise ValueError("the manifest has labels, but the file is not a classifier")
     if tuple(given) != labels:
         raise ValueError("the classifier's labels are not the manifest's, or are in another order")
-    odds = np.exp(scores - scores.max())
-    error = np.abs(np.fromiter(given.values(), np.float64) - odds / odds.sum()).max()
+    if manifest.model.scores == PROBABILITIES:
+        expected, what = scores, "the model's"
+    else:
+        odds = np.exp(scores - scores.max())
+        expected, what = odds / odds.sum(), "the softmax of the scores"
+    error = np.abs(np.fromiter(given.values(), np.float64) - expected).max()
     if error > PROBABILITY_TOLERANCE or chosen != max(given, key=lambda label: given[label]):
-        raise ValueError(f"the classifier's probabilities are not the softmax of the scores (off by {error:.1e})")
+        raise ValueError(f"the classifier's probabilities are not {what} (off by {error:.1e})")
 
 
 def count_classes(shapes: Shapes) -> int | None:
@@ -79,4 +86,23 @@ CLASSIFICATION = Task(
     compare=compare,
     check_outputs=check_classifier,
     scoring=CLASS_SCORING,
+)
+
+
+def to_logits(probabilities: np.ndarray) -> np.ndarray:
+    """Scores whose softmax they are."""
+    return np.log(np.maximum(probabilities, SMALLEST))
+
+
+def compare_probabilities(reference: np.ndarray, output: np.ndarray) -> dict[str, float]:
+    fits = reference.ndim == 2 and reference.shape[1] >= 2
+    return compare(to_logits(reference), to_logits(output)) if fits else {}
+
+
+def score_probabilities(scores: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
+    return CLASS_SCORING.score(to_logits(scores), labels, None if reference is None else to_logits(reference))
+
+
+OF_PROBABILITIES = replace(
+    CLASSIFICATION, compare=compare_probabilities, scoring=replace(CLASS_SCORING, score=score_probabilities)
 )

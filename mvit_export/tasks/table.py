@@ -5,10 +5,13 @@ from __future__ import annotations
 from mvit_export.artifact import Manifest
 from mvit_export.errors import ArtifactError
 from mvit_export.tasks.base import Shapes, Task
-from mvit_export.tasks.classification import CLASSIFICATION
+from mvit_export.tasks.classification import CLASSIFICATION, OF_PROBABILITIES, PROBABILITIES
 from mvit_export.tasks.unknown import UNKNOWN
 
 TASKS = {task.name: task for task in (CLASSIFICATION, UNKNOWN)}  # the last one fits every model
+OF_SCORES: dict[tuple[str, str | None], Task] = {
+    (CLASSIFICATION.name, PROBABILITIES): OF_PROBABILITIES
+}  # by task and what its scores are
 
 
 def find_task(name: str, shapes: Shapes) -> Task:
@@ -23,4 +26,4 @@ def task_of(manifest: Manifest) -> Task:
     name = manifest.model.task
     if name not in TASKS:
         raise ArtifactError(f"task {name!r} is not known to this version, expected {' or '.join(TASKS)}; export again")
-    return TASKS[name]
+    return OF_SCORES.get((name, manifest.model.scores), TASKS[name])
