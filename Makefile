@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := .venv/.run
 DEV := .venv/.dev
 
-.PHONY: demo test coverage quick docs check clean
+.PHONY: demo test coverage quick docs attack check clean
 
 demo: $(RUN)
 	$(BIN)/mvit-export --to all --variant xxs --overwrite
@@ -23,6 +23,10 @@ quick: $(DEV)
 # Every command that README and docs/ show, as printed, in an empty folder a page.
 docs: $(DEV)
 	$(BIN)/pytest -n auto -m "docs or not docs" tests/docs
+
+# Hostile and damaged material, the same cases at every run; ATTACK_SEED=7 draws others.
+attack: $(DEV)
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "attack or not attack" tests/attack
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

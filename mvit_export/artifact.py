@@ -321,7 +321,7 @@ def load_golden(artifact: Artifact) -> dict[str, dict[str, np.ndarray]]:
                 what = f"case {case!r} has no tensor {spec.name!r}"
                 raise ArtifactError(f"{artifact.path / GOLDEN}: {what}; export again with --overwrite")
             found = tensors[spec.name]
-            if found.ndim == 0 or found.dtype.kind not in "fu":
+            if found.ndim == 0 or not found.size or found.dtype.kind not in "fu":
                 what = f"{spec.name!r} of case {case!r} is {found.dtype} {found.shape}, the manifest says {spec.shape}"
                 raise ArtifactError(f"{artifact.path / GOLDEN}: {what}; export again with --overwrite")
     return cases

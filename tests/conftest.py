@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from attack_table import print_table
 from command_server import CommandServer
 from filelock import FileLock
 
@@ -49,6 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="mvit-export-state-")
         atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
     let_children_be_interrupted()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    print_table(terminalreporter)
 
 
 def let_children_be_interrupted() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import socket
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARTS, ROOT, Finished
+from odd_files import ODD
 
 from mvit_export.system import reading
 
@@ -79,31 +78,6 @@ def unguarded() -> list[str]:
 
 def test_every_read_is_of_a_regular_file() -> None:
     assert unguarded() == []
-
-
-def make_fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_loop(path: Path) -> None:
-    path.symlink_to(path)
-
-
-def make_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as end:
-        here = Path.cwd()
-        os.chdir(path.parent)  # a socket's path is short
-        try:
-            end.bind(path.name)
-        finally:
-            os.chdir(here)
-
-
-ODD = {
-    "fifo": make_fifo, "folder": Path.mkdir, "loop": make_loop, "socket": make_socket,
-    "zero": lambda path: path.symlink_to("/dev/zero"), "random": lambda path: path.symlink_to("/dev/urandom"),
-    "tty": lambda path: path.symlink_to("/dev/null"), "proc": lambda path: path.symlink_to("/proc/self/mem"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ODD)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -159,8 +160,8 @@ class Trial:
         """What a record was made with: a different data set or different weights make it another search."""
         search, manifest = self.search, self.search.base.manifest
         return {
-            "weights": manifest.weights.state_sha256, "format": search.format, "data": str(search.data.resolve()),
-            "calibration": str(search.calibration.resolve()), "limit": search.limit, "threads": search.threads,
+            "weights": manifest.weights.state_sha256, "format": search.format, "data": os.path.realpath(search.data),
+            "calibration": os.path.realpath(search.calibration), "limit": search.limit, "threads": search.threads,
         }  # fmt: skip
 
     def make(self, recipe: Recipe, place: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         raise SystemExit(EXIT_ERROR) from None
     try:
         code = app(arguments, standalone_mode=False, prog_name="mvit-export")
-        if sys.stdout is not None:
+        if sys.stdout is not None and not sys.stdout.closed:  # a user's own code may have closed it
             sys.stdout.flush()
     except OSError as error:  # help or version, which are not printed through a Terminal
         code = EXIT_ERROR if not isinstance(error, BrokenPipeError) else 0

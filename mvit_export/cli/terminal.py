@@ -135,10 +135,10 @@ def open_sink() -> IO[bytes]:
 
 
 def flush() -> None:
-    """Flush both standard streams, if they exist: a parent may have closed them."""
+    """Flush both standard streams, if they exist: a parent may have closed them, or a user's own code."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # ValueError: it is closed
                 stream.flush()
 
 

@@ -113,7 +113,10 @@ def tune(
             if data is None or calibration is None:
                 raise UsageError("tune takes --data and --calibration to search recipes, or --latency to choose a form")
             from mvit_export.benchmarks.tuning.recipe_search import open_search
+            from mvit_export.data.pictures import open_labelled, open_pictures
 
+            open_labelled(data)  # what cannot be read is said now, not by every candidate
+            open_pictures(calibration)
             search = open_search(
                 artifact, data=data, calibration=calibration, max_drop=max_drop, folder=out or Path("tune"),
                 limit=limit, budget_s=budget or RECIPE_BUDGET, candidates=candidates, threads=threads,

@@ -89,7 +89,10 @@ class ArrayPictures:
             return picture
         from PIL import Image
 
-        return to_picture(Image.fromarray(picture), preprocessing)
+        try:
+            return to_picture(Image.fromarray(picture), preprocessing)
+        except ValueError as error:
+            raise UnreadablePicture(f"{self.source}: image {index}: {first_line(error)}") from error
 
     def take(self, indices: Sequence[int]) -> ArrayPictures:
         return ArrayPictures(self.source, self.images[list(indices)])

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mvit_export.errors import UsageError, first_line, reason_of
+from mvit_export.errors import UsageError, first_line, printable, reason_of
 from mvit_export.system.reading import read_toml
 
 # What costs time or bytes in a vision network.
@@ -60,8 +60,9 @@ class Rule:
                 raise UsageError(f"a recipe's kind is {kind!r}, expected one of {', '.join(KINDS)}")
         try:
             re.compile(self.modules)
-        except re.error as error:
-            raise UsageError(f"a recipe's modules {self.modules!r} is not a regular expression: {error}") from error
+        except (re.error, OverflowError, RecursionError) as error:
+            shown = printable(repr(self.modules))
+            raise UsageError(f"a recipe's modules {shown} is not a regular expression: {first_line(error)}") from error
 
     def fits(self, kind: str, module: str) -> bool:
         return kind in self.kinds and re.fullmatch(self.modules, module) is not None
@@ -112,6 +113,8 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
 
 
 def make_rule(data: Mapping[str, Any]) -> Rule:
+    if not isinstance(data, Mapping):
+        raise UsageError(f"a rule is {printable(repr(data))}, expected a table with use")
     unknown = data.keys() - set(Rule.__dataclass_fields__)
     if unknown or "use" not in data:
         raise UsageError(f"a rule has {', '.join(map(repr, data))}, expected use and, optionally, kinds and modules")

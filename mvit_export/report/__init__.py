@@ -5,6 +5,7 @@ Only files are read: nothing is verified or measured here, and whatever was not 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def render(report: Report, *, format: str) -> str:
 def write_report(text: str, path: Path, *, report: Report) -> None:
     """Write the report whole or not at all. Raises UsageError if that fails or would touch an artifact."""
     for entry in report.entries:
-        if path.resolve().is_relative_to(entry.artifact.path.resolve()):
+        if Path(os.path.realpath(path)).is_relative_to(entry.artifact.path.resolve()):
             raise UsageError(f"-o {path} lies inside the artifact {entry.path}; name a file outside of it")
     try:
         write_whole(path, text.encode("utf-8", "backslashreplace"))

@@ -43,6 +43,7 @@ class Unreadable(OSError):
 def open_regular(path: str | Path, limit: int) -> BinaryIO:
     """A regular file of at most `limit` bytes. Raises OSError, of which Unreadable is one."""
     path = Path(path)
+    check_name(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer opens at once
     try:
         check_kind(path, os.fstat(descriptor), limit)
@@ -54,7 +55,14 @@ def open_regular(path: str | Path, limit: int) -> BinaryIO:
 
 def check_regular(path: str | Path, limit: int) -> None:
     """As `open_regular`, for a library that opens the path itself."""
+    check_name(Path(path))
     check_kind(Path(path), os.stat(path), limit)
+
+
+def check_name(path: Path) -> None:
+    """Python itself raises ValueError for such a name, before the system is asked."""
+    if "\0" in str(path):
+        raise Unreadable("has a name with a NUL in it", path)
 
 
 def check_kind(path: Path, found: os.stat_result, limit: int) -> None:
