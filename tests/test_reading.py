@@ -93,6 +93,12 @@ def test_the_reader_refuses(kind: str, tmp_path: Path) -> None:
             reading.check_regular(path, 100)
 
 
+def test_the_reader_refuses_a_name_with_a_nul() -> None:
+    for read in (reading.read_bytes, reading.check_regular):
+        with pytest.raises(reading.Unreadable, match="has a name with a NUL in it"):
+            read("a\0b", 100)
+
+
 def test_limits(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 100)

@@ -168,11 +168,13 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 def folder(sandbox: Sandbox, content: bytes, name: str, *, only: bool) -> Arguments:
-    for label in LABELS[3:4] if only else LABELS:
-        (sandbox.files / "data" / label).mkdir(parents=True)
+    for label in LABELS:
+        place = sandbox.files / "data" / label
+        place.mkdir(parents=True)
+        if only or label == LABELS[3]:
+            (place / name).write_bytes(content)
         if not only:
-            (sandbox.files / "data" / label / "sound.png").write_bytes(encoded((64, 64)))
-    (sandbox.files / "data" / LABELS[3] / name).write_bytes(content)
+            (place / "sound.png").write_bytes(encoded((64, 64)))
     return (
         "eval",
         sandbox.artifact(),
@@ -189,7 +191,7 @@ def pictures() -> Iterator[Case]:
     reads = (f"{PICTURES}:read",)
     for name, content in FILES.items():
         for only in (False, True):
-            label = f"{name}, {'by itself' if only else 'among others'}"
+            label = f"{name}, {'alone' if only else 'among others'}"
             yield Case(
                 "picture", label, lambda box, c=content, o=only: folder(box, c(), "odd.png", only=o), HARMLESS, reads
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -127,3 +128,38 @@ def test_a_golden_scalar(cli: Cli, copy: Callable[..., Path]) -> None:
     save_file(few, place / "golden.safetensors", metadata={"cases": cases})
     rehash(place)
     assert "'logits' of case" in refused(cli("verify", place, "--against", "golden"))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 10), ()])
+def test_golden_vectors_without_numbers(shape: tuple[int, ...], cli: Cli, copy: Callable[..., Path]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    place = copy("onnx")
+    tensors = load_file(place / "golden.safetensors")
+    cases = json.dumps(sorted({key.split("/")[0] for key in tensors}))
+    empty = {key: np.zeros(shape, np.float32) if key.endswith("/logits") else t for key, t in tensors.items()}
+    save_file(empty, place / "golden.safetensors", metadata={"cases": cases})
+    rehash(place)
+    assert "'logits' of case" in refused(cli("verify", place, "--against", "golden"))
+
+
+def test_arrays_that_grow_without_end(cli: Cli, copy: Callable[..., Path], tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", images=np.zeros((2, 1, 60_000, 3), np.uint8), labels=np.arange(2))
+    assert "none of its pictures can" in refused(cli("eval", copy("onnx"), "--data", tmp_path / "data.npz"))
+
+
+@pytest.mark.parametrize("option", ["--data", "--calibration"])
+def test_a_search_ends_before_it_starts(option: str, cli: Cli, copy: Callable[..., Path], tmp_path: Path) -> None:
+    np.savez(tmp_path / "sound.npz", images=np.zeros((2, 64, 64, 3), np.uint8), labels=np.arange(2))
+    odd = tmp_path / "odd.npz"
+    odd.symlink_to(odd)
+    words = {"--data": tmp_path / "sound.npz", "--calibration": tmp_path / "sound.npz", option: odd}
+    given = [word for pair in words.items() for word in pair]
+    assert f"{odd} cannot be read as .npz" in refused(cli("tune", copy("onnx"), *given, "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_to_a_link_to_itself(cli: Cli, copy: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "loop.html").symlink_to(tmp_path / "loop.html")
+    done = cli("report", copy("onnx"), "-o", tmp_path / "loop.html")
+    assert done.code in (0, 2) and "internal error" not in done.err

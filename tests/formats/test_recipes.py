@@ -56,6 +56,9 @@ def test_recipe_file_reads_back_as_written(tmp_path):
         ('name = "x"', "expected name, note and [[rules]]"),
         ('speed = 1\n[[rules]]\nuse = "float"', "expected name, note and [[rules]]"),
         ("[[rules", "is not a recipe"),
+        ("rules = [1]", "a rule is 1, expected a table with use"),
+        ("rules = [[1]]", "a rule is [1], expected a table with use"),
+        (f'[[rules]]\nuse = "float"\nmodules = "{"(" * 5000}"', "is not a regular expression"),
     ],
 )
 def test_wrong_recipe_is_one_line(tmp_path, text, words):
