@@ -93,8 +93,16 @@ def printable(text: str, limit: int = 100) -> str:
 
 def first_line(error: BaseException) -> str:
     """The message of `error` cut to one line; the name of its class if it has none."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in text_of(error).splitlines() if line.strip()]
     return printable(lines[0].strip(), 300) if lines else type(error).__name__
+
+
+def text_of(error: BaseException) -> str:
+    """Its message; "" where a class of somebody else's fails to make one."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def reason_of(error: BaseException) -> str:

@@ -532,8 +532,3 @@ def test_altered_golden_outputs_fail(tiny_artifact: Callable[..., Path], tmp_pat
     (altered,) = verify(place, against="golden")
     assert altered.status == "fail"
     assert json.loads((place / "parity.json").read_text())["status"] == "fail"
-
-
-def test_a_name_that_is_no_utf8_is_written_and_read_back(tmp_path: Path) -> None:
-    write_json(tmp_path / "record.json", {"name": "a\udcffb"})
-    assert json.loads((tmp_path / "record.json").read_bytes()) == {"name": "a\udcffb"}

@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from mvit_export.errors import text_of
+
 JOINER = "\u200d"  # holds emoji together
 
 
 def one_line(error: BaseException) -> str:
-    return harmless(" ".join(str(error).split())) or type(error).__name__
+    return harmless(" ".join(text_of(error).split())) or type(error).__name__
 
 
 def harmless(

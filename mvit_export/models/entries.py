@@ -16,6 +16,8 @@ TRAINED = ("state_dict", "model_state_dict", "model")
 AVERAGED = ("state_dict_ema", "model_ema", "ema_model_state_dict")
 AVERAGE = re.compile(r"(?:^|[._-])(?:ema|swa|averaged?)(?:$|[._-])|EMA")  # in the names of averages of other scripts
 
+DEEPEST = 16  # nobody's; but a dictionary may hold itself
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -29,20 +31,22 @@ class Entry:
     notes: tuple[str, ...] = ()
 
 
-def find_entry(content: Any, ema: bool | None = True) -> Entry:
+def find_entry(content: Any, ema: bool | None = True, depth: int = 0) -> Entry:
     """The weights in what a pickle holds. Raises WeightsError if there are none, or several that nothing tells apart.
 
     `ema` says which to take where a file has the weights as trained and an average of them, as timm's files do: True is
     the average, as timm takes it, and False the others. None is for what version 0.1.0 has exported, which took the
-    average only where there was nothing else.
+    average only where there was nothing else. `depth` counts the dictionaries around it.
     """
+    if depth > DEEPEST:
+        raise WeightsError(f"weights inside more than {DEEPEST} dictionaries, expected a state dict: save it alone")
     if not isinstance(content, Mapping):
         raise WeightsError(f"holds a {type(content).__name__}, expected a state dict: save model.state_dict()")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     sets = {str(key): value for key, value in content.items() if holds_weights(value)}
     usual = any(name in sets for name in (*TRAINED, *AVERAGED))
     if sets and (usual or len(tensors) < max(map(len, sets.values()))):
-        return find_inner(content, sets, ema)
+        return find_inner(content, sets, ema, depth)
     if not tensors:
         found = ", ".join(f"{key} ({type(value).__name__})" for key, value in list(content.items())[:4]) or "no entries"
         raise WeightsError(f"a dict with {found}, expected tensors by name: save model.state_dict()")
@@ -51,14 +55,21 @@ def find_entry(content: Any, ema: bool | None = True) -> Entry:
 
 def holds_weights(value: Any) -> bool:
     """Whether a dictionary has weights in it, at any depth. Scores are single numbers, and an optimizer has groups."""
-    if not isinstance(value, Mapping) or "param_groups" in value:
-        return False
-    return any((isinstance(inner, Tensor) and inner.ndim > 0) or holds_weights(inner) for inner in value.values())
+    waiting, seen = [value], set()  # a pickle's dictionaries may hold themselves, or one another many times
+    while waiting:
+        found = waiting.pop()
+        if not isinstance(found, Mapping) or "param_groups" in found or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if any(isinstance(inner, Tensor) and inner.ndim > 0 for inner in found.values()):
+            return True
+        waiting += found.values()
+    return False
 
 
-def find_inner(content: Mapping[Any, Any], sets: Mapping[str, Any], ema: bool | None) -> Entry:
+def find_inner(content: Mapping[Any, Any], sets: Mapping[str, Any], ema: bool | None, depth: int) -> Entry:
     name, averaged = pick(list(sets), ema, usual=TRAINED)
-    inner = find_entry(sets[name], ema)
+    inner = find_entry(sets[name], ema, depth + 1)
     others = [other for other in sets if other != name]
     unnamed = [key for key, value in content.items() if key not in sets and AVERAGE.search(str(key)) and is_list(value)]
     notes = [describe(name, averaged, others)] if averaged is not None or others or name not in TRAINED else []

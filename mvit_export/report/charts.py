@@ -17,6 +17,7 @@ from mvit_export.report.svg import COLOURS, inline_svg
 WIDTH = 4.8  # inches; a page shrinks a drawing to a phone's width, so it is narrow and its text large
 ROW = 0.7
 LONGEST = 40  # letters of a label
+MOST_ROWS = 100  # of all drawings together; nobody sees more, and each takes time
 DRAWN = 300  # points of one row; a file with ten thousand samples would take seconds to show
 WIDE = 10.0  # largest over smallest from which a linear axis hides the small ones
 FAR = 3.0  # times the median: what lies beyond may be cut off and put into words, if it is rare
@@ -55,14 +56,14 @@ def panels(rows: Sequence[Latency]) -> list[Panel]:
 
 def draw_distributions(rows: Sequence[Latency]) -> list[Drawing]:
     """One drawing for each panel with samples."""
-    found = [Panel(p.title, tuple(row for row in p.rows if row.samples_ms)) for p in panels(rows)]
+    found = [Panel(p.title, tuple(row for row in p.rows if row.samples_ms)) for p in panels(rows[:MOST_ROWS])]
     return [distribution(panel, f"d{index}") for index, panel in enumerate(p for p in found if p.rows)]
 
 
 def draw_costs(rows: Sequence[Latency]) -> list[Drawing]:
     """Latency against MACs and against file size for each panel."""
     drawings = []
-    for index, panel in enumerate(panels(rows)):
+    for index, panel in enumerate(panels(rows[:MOST_ROWS])):
         for axis in (MACS, BYTES):
             if drawing := cost(panel, axis, f"c{index}{axis.key}"):
                 drawings.append(drawing)

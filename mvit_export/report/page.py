@@ -10,7 +10,7 @@ from mvit_export import __version__
 from mvit_export.errors import require
 from mvit_export.formats.table import FORMATS
 from mvit_export.report import formatting
-from mvit_export.report.charts import draw_costs, draw_distributions
+from mvit_export.report.charts import MOST_ROWS, draw_costs, draw_distributions
 from mvit_export.report.reading import Report
 from mvit_export.results.fields import tidy
 
@@ -34,6 +34,7 @@ def render_html(report: Report) -> str:
         drawn=jinja2.utils.markupsafe.Markup,
         distributions=draw_distributions(report.measured),
         costs=draw_costs(report.measured),
+        most_drawn=MOST_ROWS,
         undrawn=[row for row in report.measured if not row.samples_ms],
         environments=environments(report),
         exporters=exporters(report),

@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,11 +99,11 @@ class Entry:
         """Only parity: FAIL outweighs NOT-RUN, which outweighs PASS."""
         return worst_status(self.checks)
 
-    @property
+    @cached_property  # the page asks for every row
     def measured(self) -> tuple[Latency, ...]:
         return tuple(row for row in self.latencies if row.status == MEASURED)
 
-    @property
+    @cached_property
     def fastest(self) -> Latency | None:
         timed = [row for row in self.measured if row.median_ms is not None]
         return min(timed, key=lambda row: row.median_ms or math.inf, default=None)
@@ -118,7 +119,7 @@ class Report:
     def verdicts(self) -> tuple[Verdict, ...]:
         return tuple(verdict for entry in self.entries for verdict in entry.verdicts)
 
-    @property
+    @cached_property  # the page asks for every row
     def measured(self) -> tuple[Latency, ...]:
         return tuple(row for entry in self.entries for row in entry.measured)
 

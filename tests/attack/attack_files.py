@@ -197,7 +197,9 @@ READS = (
     Read("hf weights", lambda box: settings(box, "model.safetensors"), ()),
     Read("package manifest", lambda box: package(box, "Manifest.json", bare=True), ()),
     Read("package model", lambda box: package(box, "Data/com.apple.CoreML/model.mlmodel", bare=True), ()),
-    Read("package weights", lambda box: package(box, "Data/com.apple.CoreML/weights/weight.bin", bare=True), ()),
+    Read(
+        "package weights", lambda box: package(box, "Data/com.apple.CoreML/weights/weight.bin", bare=True), (), HARMLESS
+    ),
     Read("package of an artifact", lambda box: package(box, "Data/com.apple.CoreML/model.mlmodel", bare=False), ()),
     Read("a file as package", named("x.mlpackage", "inspect", "{}"), (f"{PACKAGE}:check_kind",)),
     Read(

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -95,7 +96,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "evil keys": lambda: torch_bytes({"\x1b[2J\n::error::x": 1}), "odd keys": lambda: torch_bytes({(1, 2): SHARED}),
     "evil tensors": lambda: torch_bytes({"\x1b[2J\n::error::x": SHARED}),
     "sparse": lambda: torch_bytes({"a": SHARED.to_sparse()}), "complex": lambda: torch_bytes({"a": SHARED.to(torch.complex64)}),
-    "quantized": lambda: torch_bytes({"a": torch.quantize_per_tensor(SHARED, 0.1, 0, torch.qint8)}),
+    "quantized": lambda: torch_bytes({"a": quantized()}),
     "meta": lambda: torch_bytes({"a": SHARED.to("meta")}), "stretched": lambda: torch_bytes({"a": torch.zeros(1).expand(2**40)}),
     "shared": lambda: torch_bytes({"a": SHARED, "b": SHARED[1:]}), "old": lambda: torch_bytes({"a": SHARED}, _use_new_zipfile_serialization=False),
     "deep pickle": lambda: b"\x80\x02" + b"(" * 10**6 + b".", "deep lists": lambda: b"\x80\x02" + b"]" + b"]a" * 0 + b"\x85" * 10**5 + b".",
@@ -103,12 +104,19 @@ FILES: dict[str, Callable[[], bytes]] = {
     "a number of a million digits": lambda: b"\x80\x02I" + b"9" * 10**6 + b"\n.", "protocol 9": lambda: b"\x80\x09N.",
     "storage that is absent": lambda: in_archive(pickle.dumps({}, 2)),
     "wrapped often": lambda: torch_bytes(functools.reduce(lambda inner, _: {"state_dict": inner}, range(200), {"a": SHARED})),
-    "wrapped in itself": lambda: torch_bytes(itself()),
+    "wrapped in itself": lambda: torch_bytes(itself()), "weights in itself": lambda: torch_bytes(itself(a=SHARED)),
+    "diamonds": lambda: torch_bytes(functools.reduce(lambda inner, _: {"a": inner, "b": inner}, range(60), {})),
 }  # fmt: skip
 
 
-def itself() -> dict[str, Any]:
-    content: dict[str, Any] = {}
+def quantized() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch gives them up
+        return torch.quantize_per_tensor(SHARED, 0.1, 0, torch.qint8)
+
+
+def itself(**others: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {**others}
     content["state_dict"] = content
     return content
 

@@ -16,14 +16,22 @@ from mvit_export.cli.text import harmless, json_escape
 
 COMMAND = f"{sys.executable} -m mvit_export"
 ENDS = """
-import ctypes, os
+import ctypes, os, sys
 from torch import nn
 
 class Own(BaseException): pass
 
+class NoText(Exception):
+    def __str__(self): raise ValueError("no text")
+
 def python_exit(): os._exit(0)
 def generator_exit(): raise GeneratorExit
 def own(): raise Own("mine")
+def no_text(): raise NoText
+def closes():
+    sys.stdout.close()
+    sys.stderr.close()
+    raise Own("mine")
 def leave(): raise SystemExit(0)
 def library_exit():
     os.write(2, b"the library's last word \\x1b[2J\\n")
@@ -101,6 +109,8 @@ def test_interrupted_while_packages_are_imported(tmp_path: Path) -> None:
         ("leave", 2, "leave() raised SystemExit: 0"),
         ("generator_exit", 2, "generator_exit() raised GeneratorExit: GeneratorExit"),
         ("own", 2, "own() raised Own: mine"),
+        ("closes", 2, "closes() raised Own: mine"),
+        ("no_text", 2, "no_text() raised NoText: NoText"),
         ("library_exit", 0, "ended from outside, or by a library; the last line that it printed: the library's last"),
         ("killed", -9, "the process was ended from outside, or by a library"),
     ],

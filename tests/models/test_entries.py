@@ -106,3 +106,24 @@ def test_several_entries_are_named() -> None:
 def test_state_dict_itself_may_hold_more_than_tensors() -> None:
     extra: dict[str, Any] = {"a._extra_state": {"scale": torch.ones(2)}, "a.version": 3}
     assert find_entry(RAW | extra).tensors == RAW
+
+
+def holding_itself(**others: torch.Tensor) -> dict[str, Any]:
+    content: dict[str, Any] = {**others}
+    content["state_dict"] = {"model": content}
+    return content
+
+
+def test_a_dictionary_that_holds_itself_is_refused() -> None:
+    with pytest.raises(WeightsError, match=r"a dict with state_dict \(dict\), expected tensors"):
+        find_entry(holding_itself())
+    with pytest.raises(WeightsError, match="weights inside more than 16 dictionaries"):
+        find_entry(holding_itself(a=torch.zeros(2)))
+
+
+def test_dictionaries_that_hold_one_another_many_times_take_no_time() -> None:
+    content: dict[str, Any] = {}
+    for _ in range(60):  # 2 ** 60 ways down
+        content = {"a": content, "b": content}
+    with pytest.raises(WeightsError, match="expected tensors"):
+        find_entry(content)

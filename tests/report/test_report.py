@@ -22,6 +22,7 @@ from mvit_export import report
 from mvit_export.artifact import MANIFEST
 from mvit_export.errors import ArtifactError, UsageError
 from mvit_export.report import formatting
+from mvit_export.report.charts import MOST_ROWS
 from mvit_export.results.parity import ParityReport
 
 Cli = Callable[..., Finished]
@@ -332,6 +333,16 @@ def test_a_row_may_lack_all_but_its_median(place: Path) -> None:
     report_data.store_latency(place, row)
     assert "– – – –" in Reader(html(place)).text
     assert "| – |" in markdown(place)
+
+
+def test_thousands_of_rows_are_a_table_and_some_drawings(place: Path) -> None:
+    rows = [report_data.timing(place, 10 + index / 100, threads=index % 7 + 1) for index in range(MOST_ROWS + 20)]
+    report_data.store_latency(place, *rows)
+    found = Reader(html(place))
+    assert f"Only the first {MOST_ROWS} of {MOST_ROWS + 20} rows are drawn" in found.text
+    assert all(f"{row['median_ms']:.3g}" in found.text for row in rows)
+    report_data.store_latency(place, *rows[:3])
+    assert "are drawn" not in Reader(html(place)).text
 
 
 # Damage

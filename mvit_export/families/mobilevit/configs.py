@@ -18,6 +18,7 @@ from mvit_export.system.reading import read_json as load_json
 
 Json = Mapping[str, Any]
 ONE_OF_N = "single_label_classification"
+MOST = 1e6  # of a size, a mean or a deviation; NaN is not below it
 PIL_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -74,7 +75,7 @@ def check_timm_config(values: Json, config: MobileViTConfig, variant: str) -> No
         "global_pool": ("avg",),
     }
     check_fields("config.json", values, accepted)
-    arguments = values.get("model_args") or {}
+    arguments = section(values, "model_args")
     check_fields("config.json", arguments, {key: accepted.get(key, ()) for key in arguments}, within="model_args.")
 
 
@@ -85,6 +86,14 @@ def check_fields(file: str, values: Json, accepted: Mapping[str, tuple[Any, ...]
             expected = " or ".join(json.dumps(value) for value in allowed) or "none of that name"
             message = f"{file} says {within}{name} is {json.dumps(values[name])}, expected {expected}"
             raise WeightsError(f"{message}: this network has no other")
+
+
+def section(values: Json, name: str) -> Json:
+    """An object inside config.json; empty if it is absent or null."""
+    found = values.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise WeightsError(f"config.json says {name} is {json.dumps(found)}, expected an object")
+    return found or {}
 
 
 def hf_labels(values: Json, classes: int) -> tuple[str, ...] | None:
@@ -102,7 +111,7 @@ def hf_labels(values: Json, classes: int) -> tuple[str, ...] | None:
 def timm_preprocessing(values: Json) -> Preprocessing:
     """From `pretrained_cfg` in timm's config.json; absent fields have the values of timm's MobileViT files."""
     known = FAMILY_PREPROCESSING["timm"]
-    cfg = values.get("pretrained_cfg") or {}
+    cfg = section(values, "pretrained_cfg")
     check_fields(
         "config.json",
         cfg,
@@ -134,7 +143,7 @@ def numbers(values: Json, name: str, count: int, default: tuple[float, ...]) -> 
     if (
         not isinstance(found, list)
         or len(found) != count
-        or not all(isinstance(x, int | float) and math.isfinite(x) for x in found)
+        or not all(isinstance(x, int | float) and abs(x) < MOST for x in found)
     ):
         raise WeightsError(f"{name} is {json.dumps(found)}, expected a list of {count} numbers")
     return tuple(found)
@@ -164,9 +173,10 @@ def hf_preprocessing(values: Json) -> Preprocessing:
     factor = values.get("rescale_factor", 1 / 255)
     if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
         raise unusable("rescale_factor", factor, "1/255")
-    if values.get("resample", 2) not in PIL_RESAMPLING:
+    resample = values.get("resample", 2)
+    if not isinstance(resample, int) or resample not in PIL_RESAMPLING:
         names = ", ".join(f"{number} ({name})" for number, name in PIL_RESAMPLING.items())
-        raise unusable("resample", values["resample"], f"one of {names}")
+        raise unusable("resample", resample, f"one of {names}")
     crop, ratio = hf_sizes(values)
     flip = values.get("do_flip_channel_order", flips_by_default(values))
     mean, std = hf_statistics(values)
@@ -174,7 +184,7 @@ def hf_preprocessing(values: Json) -> Preprocessing:
         "BGR" if flip else "RGB",
         crop=crop,
         resize_ratio=ratio,
-        interpolation=PIL_RESAMPLING[values.get("resample", 2)],
+        interpolation=PIL_RESAMPLING[resample],
         # The file lists them for RGB, since transformers flips last; ours are in channel order.
         mean=mean[::-1] if flip else mean,
         std=std[::-1] if flip else std,

@@ -349,6 +349,12 @@ FOLDERS: dict[str, tuple[object, object, list[str]]] = {
     "no rescale": ({}, APPLE | {"do_rescale": False}, ["do_rescale is false, expected true"]),
     "factor": ({}, APPLE | {"rescale_factor": 0.0078125}, ["rescale_factor is 0.0078125, expected 1/255"]),
     "box": ({}, APPLE | {"resample": 4}, ["resample is 4, expected one of 0 (nearest), 1 (lanczos)"]),
+    "resample list": ({}, APPLE | {"resample": [2]}, ["resample is [2], expected one of 0 (nearest)"]),
+    "huge mean": (
+        {},
+        APPLE | {"do_normalize": True, "image_mean": [10**400, 0, 0], "image_std": [1, 1, 1]},
+        ["expected a list of 3 numbers"],
+    ),
     "padding": ({}, APPLE | {"do_pad": True}, ["do_pad is true, expected no such step"]),
     "small": ({}, APPLE | {"size": {"shortest_edge": 224}}, ['size is {"shortest_edge": 224}, expected at least the']),
     "no crop": (
@@ -380,6 +386,8 @@ TIMM_FOLDERS: dict[str, tuple[dict, list[str]]] = {
     "interpolation": ({"pretrained_cfg": {"interpolation": "random"}}, ['pretrained_cfg.interpolation is "random"']),
     "crop": ({"pretrained_cfg": {"crop_pct": 0}}, ["pretrained_cfg.crop_pct is 0, expected a number in (0, 1]"]),
     "mean": ({"pretrained_cfg": {"mean": [0.5]}}, ["mean is [0.5], expected a list of 3 numbers"]),
+    "no cfg": ({"pretrained_cfg": [1]}, ["config.json says pretrained_cfg is [1], expected an object"]),
+    "no arguments": ({"model_args": 5}, ["config.json says model_args is 5, expected an object"]),
     "input size": ({"pretrained_cfg": {"input_size": [1, 256, 256]}}, ["input_size is [1, 256, 256], expected [3, N"]),
 }
 
