@@ -24,6 +24,7 @@ from mvit_export.artifact import find_artifacts, now, read_artifact, record_name
 from mvit_export.checks.evaluator import Evaluator, Outcome, Part, Scored, Trouble
 from mvit_export.checks.subjects import Subject, plan_subjects, scoring_of
 from mvit_export.data.pictures import Labelled, open_labelled, spread
+from mvit_export.data.preprocessing import UNSTATED, describe_unstated
 from mvit_export.errors import ArtifactError, UsageError
 from mvit_export.results.accuracy import AccuracyReport, ArtifactAccuracy, Gate, ReferenceAccuracy
 from mvit_export.results.status import FAIL, MEASURED, PASS
@@ -196,6 +197,8 @@ def describe_artifact(
         warnings.insert(
             0, f"the weights are untrained (seed {manifest.weights.seed}): top-1 says nothing, agreement does"
         )
+    if subject.preprocessing.source == UNSTATED:
+        warnings.append(describe_unstated(subject.preprocessing))
     measured = replace(row, images=len(result.scores), runtime=result.runtime, images_per_s=throughput(result, jobs))
     return replace(measured, **figures, warnings=tuple(warnings))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mvit_export.cli.help import FEW_BITS, FILES, MODEL
+from mvit_export.cli.help import FEW_BITS, FILES, MODEL, PICTURES
 from mvit_export.cli.options import EXIT_CODES, EXIT_ERROR, Json, Quiet, TrustCode, Verbose, print_verdict, session
 from mvit_export.cli.terminal import Terminal, megabytes, status_text
 from mvit_export.cli.text import one_line
+from mvit_export.data.preprocessing import UNSTATED, Stated, describe_unstated
 from mvit_export.errors import ConversionError, MvitExportError, PartialExportError, UsageError
 
 
@@ -126,6 +128,23 @@ def export(
     calibration_method: Annotated[
         str, typer.Option(help="How ranges are found: minmax, percentile or entropy.", rich_help_panel=FEW_BITS)
     ] = "minmax",
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Subtracted from pixels, one number or three by channel.", rich_help_panel=PICTURES),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="What pixels are divided by after that.", rich_help_panel=PICTURES)
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="What pixels are multiplied by before that (1/255).", rich_help_panel=PICTURES)
+    ] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="Their order in the network: RGB or BGR.", rich_help_panel=PICTURES)
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="Short side in pixels before the crop, or squash: no crop.", rich_help_panel=PICTURES),
+    ] = None,
     trust_code: TrustCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -148,6 +167,7 @@ def export(
         check_size_count(targets, len({parse_size(size) for size in image_size or ()}))
         import mvit_export
 
+        said = state_pictures(mean, std, scale, channels, resize)
         with terminal.progress("loading the model") as step:
             chosen = {
                 "variant": variant, "model": model, "weights": weights, "pretrained": pretrained,
@@ -155,9 +175,9 @@ def export(
                 "labels": labels, "input_shape": parse_shape(input_shape) if input_shape else None,
             }  # fmt: skip
             if like:
-                loaded = load_again(like, {**chosen, "no_ema": no_ema})
+                loaded = load_again(like, {**chosen, "no_ema": no_ema, **asdict(said)})
             else:
-                loaded = mvit_export.load_model(**chosen, seed=seed, ema=not no_ema)  # type: ignore[arg-type]
+                loaded = mvit_export.load_model(**chosen, seed=seed, ema=not no_ema, preprocessing=said)  # type: ignore[arg-type]
             try:
                 results, failures = mvit_export.export(
                     loaded, **conversion, out=out, overwrite=overwrite, verify=verify, recipe=recipe,
@@ -167,6 +187,21 @@ def export(
             except PartialExportError as error:
                 results, failures = error.results, error.failures
         finish_export(terminal, loaded, results, failures)
+
+
+def state_pictures(
+    mean: str | None, std: str | None, scale: str | None, channels: str | None, resize: str | None
+) -> Stated:
+    """What the options say about how pictures become numbers."""
+    from mvit_export.formats.choices import parse_ratio, parse_three
+
+    return Stated(
+        mean=parse_three(mean, "--mean") if mean else None,
+        std=parse_three(std, "--std") if std else None,
+        scale=parse_ratio(scale, "--scale") if scale else None,
+        channels=channels,
+        resize=int(resize) if resize and resize.isdecimal() else resize,
+    )
 
 
 def follow_targets(step: Callable[[str], None], total: int) -> Callable[[Any, str], None]:
@@ -257,4 +292,8 @@ def notes_of(loaded: Any, results: Any) -> list[str]:
     """What was decided for the user, and what calibration warns of, a line each."""
     quantized = [result.artifact.manifest.quantization or {} for result in results]
     warnings = [w for found in quantized for w in (found.get("calibration") or {}).get("warnings", [])]
-    return list(dict.fromkeys([*loaded.notes, *(f"calibration: {warning}" for warning in warnings)]))
+    calibrated = any(found.get("calibration") for found in quantized)
+    pictures = calibrated or any(result.artifact.manifest.target.input == "image" for result in results)
+    known = loaded.preprocessing
+    taken = [describe_unstated(known)] if pictures and known and known.source == UNSTATED else []
+    return list(dict.fromkeys([*loaded.notes, *taken, *(f"calibration: {warning}" for warning in warnings)]))

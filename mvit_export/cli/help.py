@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-MODEL, FILES, FEW_BITS = "Model", "Files", "Few bits"
+MODEL, PICTURES, FILES, FEW_BITS = "Model", "Pictures", "Files", "Few bits"
 COMPARE, MEASURE, DATA, DEVICES, OUTPUT = "Comparison", "Measurement", "Data", "Devices", "Output"
 FORMS, RECIPES, TRUST = "Forms (with --latency)", "Recipes", "Trust"
 

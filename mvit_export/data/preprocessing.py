@@ -78,6 +78,52 @@ FAMILY_PREPROCESSING = {
     "timm": Preprocessing("RGB", resize_ratio=1 / 0.9, interpolation="bicubic", source="family timm"),
 }
 DEFAULT_PREPROCESSING = Preprocessing("RGB")
+UNSTATED = "taken for granted"  # the source of preprocessing that nobody stated
+SQUASH = "squash"
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a user says about a network's preprocessing: `(pixel * scale - mean) / std`, None for what he leaves open.
+
+    `resize` is the short side in pixels before the crop, or "squash": straight to the crop without keeping the aspect.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    channels: str | None = None
+    resize: int | str | None = None
+
+    def on(self, known: Preprocessing) -> Preprocessing:
+        """`known` with what is stated. Raises UsageError for values out of range."""
+        said = [name for name, value in asdict(self).items() if value is not None]
+        if not said:
+            return known
+        if self.scale is not None and not 0 < self.scale <= 1:
+            raise UsageError(f"--scale is {self.scale}, expected what a pixel is multiplied by, such as 1/255 or 1")
+        if isinstance(self.resize, str) and self.resize != SQUASH:
+            raise UsageError(f"--resize is {self.resize!r}, expected pixels of the short side, or {SQUASH}")
+        unit = 255 * (self.scale or 1 / 255)  # of mean and std, where a pixel is at most 1
+        mean = self.mean if self.mean is not None else tuple(value * unit for value in known.mean)
+        std = self.std if self.std is not None else (1.0,) * 3 if self.scale else known.std
+        ratio = self.resize / min(known.crop) if isinstance(self.resize, int) else None
+        return replace(
+            known,
+            channel_order=(self.channels or known.channel_order).upper(),
+            resize_ratio=known.resize_ratio if self.resize is None else ratio,
+            mean=tuple(value / unit for value in mean),
+            std=tuple(value / unit for value in std),
+            source=f"stated: {', '.join(said)}; the rest: {known.source}",
+        )
+
+
+def describe_unstated(known: Preprocessing) -> str:
+    """What is said where pictures are used and nobody stated how they become numbers."""
+    return (
+        f"nobody stated the preprocessing: {known.channel_order}, pixels / 255 without mean and std, resized to "
+        f"{known.resize_ratio:g} of the crop, is taken for granted; use --mean, --std, --scale, --channels, --resize"
+    )
 
 
 def resized_size(size: Size, preprocessing: Preprocessing) -> Size:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvit_export.artifact import Manifest, ModelInfo, WeightsInfo, find_artifacts, read_artifact
-from mvit_export.data.preprocessing import MOST_SIDE, Size
+from mvit_export.data.preprocessing import MOST_SIDE, Preprocessing, Size, Stated
 from mvit_export.errors import ModelError, UsageError, WeightsError, require
 from mvit_export.families.answers import with_outputs
 from mvit_export.families.base import Family, Request
@@ -40,6 +40,7 @@ def load_model(
     labels: str | Path | Sequence[str] | None = None,
     seed: int = 0,
     ema: bool = True,
+    preprocessing: Preprocessing | Stated | None = None,
     **options: str | None,
 ) -> LoadedModel:
     """Build a MobileViT `variant` ("xxs", "xs", "s"), or any `model` ("FILE.py:FACTORY", "timm:NAME", or an nn.Module).
@@ -50,7 +51,8 @@ def load_model(
     `weights` is a file, a folder, `hf:ID` or `timm:ID`; `pretrained` means the official ones; with neither the network
     is untrained, seeded with `seed`. Where a file has the weights as trained and an average of them, the average is
     read, or with `ema=False` the others. `image_size` is 256, "240x272" (height x width) or a list. `options` are the
-    family's own: `patch_config` of MobileViT, "A" or "B".
+    family's own: `patch_config` of MobileViT, "A" or "B". `preprocessing` is what the caller knows about it, where the
+    model does not bring it.
     Raises children of MvitExportError.
     """
     if variant is not None and not isinstance(variant, str):
@@ -64,7 +66,7 @@ def load_model(
     loaded = build(family, asked)
     trust.remember([*code, *weights_named(loaded.weights)])
     loaded = with_shapes(loaded, parse_sizes(image_size) if image_size else None, input_shape)
-    return with_outputs(loaded, labels)
+    return with_outputs(with_preprocessing(loaded, preprocessing), labels)
 
 
 def rebuild_model(manifest: Manifest, *, weights: str | Path | None = None) -> LoadedModel:
@@ -225,6 +227,16 @@ def parse_sizes(image_size: Sizes) -> tuple[Size, ...]:
 
 
 # Filled in for every family
+
+
+def with_preprocessing(loaded: LoadedModel, said: Preprocessing | Stated | None) -> LoadedModel:
+    """Raises UsageError for a model that takes no pictures."""
+    known = loaded.preprocessing
+    if said is None or said == Stated():
+        return loaded
+    if known is None:
+        raise UsageError("--mean, --std, --scale, --channels and --resize are for a model that takes RGB pictures")
+    return replace(loaded, preprocessing=said.on(known) if isinstance(said, Stated) else said.with_size(known.crop))
 
 
 def with_shapes(loaded: LoadedModel, sizes: tuple[Size, ...] | None, input_shape: Sequence[int] | None) -> LoadedModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvit_export.artifact import ModelInfo, WeightsInfo
-from mvit_export.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
+from mvit_export.data.preprocessing import DEFAULT_PREPROCESSING, UNSTATED, Preprocessing
 from mvit_export.families.base import Request
 from mvit_export.models.hub import locate
 from mvit_export.models.loaded import LoadedModel, call_guarded, count_parameters, state_digest
@@ -64,7 +64,7 @@ def describe_module(
         name=re.sub(r"\W+", "_", name), source=source, task="unknown", params=count_parameters(module), macs=0
     )
     origin = replace(origin, state_sha256=digest)
-    known = found if isinstance(found, Preprocessing) else DEFAULT_PREPROCESSING
+    known = found if isinstance(found, Preprocessing) else replace(DEFAULT_PREPROCESSING, source=UNSTATED)
     return LoadedModel(module, info, origin, known, (), (), notes)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 from mvit_export.errors import UsageError
 
@@ -39,3 +41,23 @@ def parse_shape(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--input-shape is {text!r}, expected positive numbers with commas, such as 1,3,224,224")
     return tuple(int(part) for part in parts)
+
+
+def parse_three(text: str, option: str) -> tuple[float, float, float]:
+    """`"0.485,0.456,0.406"` or one number for all three channels."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
+        raise UsageError(f"{option} is {text!r}, expected one number or three with commas, such as 0.485,0.456,0.406")
+    first, *others = values
+    return (first, *others) if len(others) == 2 else (first, first, first)  # type: ignore[return-value]
+
+
+def parse_ratio(text: str, option: str) -> float:
+    """`"1/255"` or `"0.5"`."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"{option} is {text!r}, expected a number or a fraction, such as 1/255") from None
