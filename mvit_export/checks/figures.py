@@ -40,7 +40,8 @@ def psnr_db(peak: float, noise: float) -> float:
     """10 log10(peak^2 / noise) with the noise at least float64's own; 0 if the reference is all zero but missed."""
     if peak == 0:
         return 0.0 if noise else -20 * math.log10(FLOAT64_UNIT)
-    return 10 * math.log10(peak**2 / max(noise, (peak * FLOAT64_UNIT) ** 2))
+    most = -20 * math.log10(FLOAT64_UNIT)
+    return min(most, 20 * math.log10(peak) - 10 * math.log10(noise)) if noise else most
 
 
 def worst(metrics: Sequence[Metrics], task: Task) -> Metrics:

@@ -36,23 +36,23 @@ def picture_of(name: str, size: tuple[int, int]) -> np.ndarray:
     return np.full((*size, 3), [*bytes.fromhex(name.removeprefix(PREFIX))], np.uint8)
 
 
-def weakest_colour(module: nn.Module, preprocessing: Preprocessing) -> Colour | None:
+def weakest_colour(module: nn.Module, preprocessing: Preprocessing, batch: int) -> Colour | None:
     """The colour with the smallest variance before any norm; None if the network has no such norm."""
     small = preprocessing.with_size((min(SMALL, preprocessing.crop[0]), min(SMALL, preprocessing.crop[1])))
-    for size in dict.fromkeys((small, preprocessing)):
-        try:
-            found = {colour: least_variance(module, to_tensor(picture(colour, size), size)) for colour in COLOURS}
-        except Exception:  # a network of one size: by its own
-            if size == preprocessing:
-                raise
-            continue
-        best = min(found, key=lambda colour: found[colour])
-        return best if found[best] < math.inf else None
-    return None
+    try:
+        return weakest_in(module, small, batch)
+    except Exception:  # a network of one size: by its own
+        return weakest_in(module, preprocessing, batch)
 
 
-def picture(colour: Colour, preprocessing: Preprocessing) -> np.ndarray:
-    return picture_of(name_of(colour), preprocessing.crop)[None]
+def weakest_in(module: nn.Module, size: Preprocessing, batch: int) -> Colour | None:
+    found = {colour: least_variance(module, to_tensor(picture(colour, size, batch), size)) for colour in COLOURS}
+    best = min(found, key=lambda colour: found[colour])
+    return best if found[best] < math.inf else None
+
+
+def picture(colour: Colour, preprocessing: Preprocessing, batch: int) -> np.ndarray:
+    return picture_of(name_of(colour), preprocessing.crop)[None].repeat(batch, axis=0)
 
 
 def least_variance(module: nn.Module, array: np.ndarray) -> float:
@@ -71,14 +71,14 @@ def watched(module: nn.Module) -> Iterator[list[float]]:
 
     seen: list[float] = []
 
-    def note(norm: Any, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+    def note(norm: Any, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = args[0] if args else named["input"]
         axes = [-1] if isinstance(norm, nn.GroupNorm) else [*range(-len(norm.normalized_shape), 0)]
         rows = x.reshape(x.shape[0], norm.num_groups, -1) if isinstance(norm, nn.GroupNorm) else x
         seen.append(float(rows.var(axes, unbiased=False).min()) / norm.eps)
 
-    norms = [part for part in module.modules() if isinstance(part, (nn.LayerNorm, nn.GroupNorm)) and part.eps]
-    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+    norms = [part for part in module.modules() if type(part) in (nn.LayerNorm, nn.GroupNorm) and part.eps]
+    hooks = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
     try:
         yield seen
     finally:

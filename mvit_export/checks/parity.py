@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvit_export.artifact import (
+    GOLDEN,
     Artifact,
     Manifest,
     find_artifacts,
@@ -207,6 +208,9 @@ def _golden_pairs(artifact: Artifact) -> list[Pair]:
     for case, tensors in load_golden(artifact).items():
         own = {key: tensors.pop(key) for key in [*tensors] if key.startswith(FLOAT32_PREFIX)}
         float32 = {key.removeprefix(FLOAT32_PREFIX): array for key, array in own.items()}
+        for output in artifact.manifest.output_names if float32 else ():
+            if output not in float32 or float32[output].shape != tensors[output].shape:
+                raise ArtifactError(f"{artifact.path / GOLDEN}: {case!r} has other float32 outputs; export again")
         pairs.append(Pair(case, tensors.pop(name), tensors, float32 or None))
     return pairs
 
@@ -226,5 +230,5 @@ def weakest_cases(model: LoadedModel, manifest: Manifest) -> list[Case]:
     """The flat picture that shows a wrong eps, where the bounds are narrow enough to see it and no other is as flat."""
     if manifest.preprocessing is None or manifest.target.precision_row.tolerance != SAME_ARITHMETIC:
         return []
-    colour = weakest_colour(model.module, manifest.preprocessing)
+    colour = weakest_colour(model.module, manifest.preprocessing, manifest.inputs[0].shape[0] or 1)
     return [] if colour in (None, BLACK, WHITE) else [flat_case(name_of(colour), manifest)]

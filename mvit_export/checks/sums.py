@@ -101,4 +101,6 @@ class InSequence(TorchDispatchMode):
         row = ROWS.get(func)
         if func is aten.native_batch_norm.default and args[5]:  # in training mode
             row = batch_norm
-        return (row if row and args[0].dtype == torch.float32 else func)(*args, **(kwargs or {}))
+        given = kwargs or {}
+        usual = row and args[0].dtype == torch.float32 and given.get("dtype") in (None, torch.float32)
+        return (row if row and usual else func)(*args, **given)

@@ -13,7 +13,6 @@ from mvit_export.cli.help import FEW_BITS, FILES, MODEL, PICTURES
 from mvit_export.cli.options import EXIT_CODES, EXIT_ERROR, Json, Quiet, TrustCode, Verbose, print_verdict, session
 from mvit_export.cli.terminal import Terminal, megabytes, status_text
 from mvit_export.cli.text import one_line
-from mvit_export.data.preprocessing import UNSTATED, Stated, describe_unstated
 from mvit_export.errors import ConversionError, MvitExportError, PartialExportError, UsageError
 
 
@@ -191,8 +190,9 @@ def export(
 
 def state_pictures(
     mean: str | None, std: str | None, scale: str | None, channels: str | None, resize: str | None
-) -> Stated:
+) -> Any:
     """What the options say about how pictures become numbers."""
+    from mvit_export.data.preprocessing import Stated
     from mvit_export.formats.choices import parse_ratio, parse_three
 
     return Stated(
@@ -290,6 +290,8 @@ def failed_fields(failures: Mapping[str, MvitExportError]) -> dict[str, Any]:
 
 def notes_of(loaded: Any, results: Any) -> list[str]:
     """What was decided for the user, and what calibration warns of, a line each."""
+    from mvit_export.data.preprocessing import UNSTATED, describe_unstated
+
     quantized = [result.artifact.manifest.quantization or {} for result in results]
     warnings = [w for found in quantized for w in (found.get("calibration") or {}).get("warnings", [])]
     calibrated = any(found.get("calibration") for found in quantized)

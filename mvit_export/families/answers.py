@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvit_export.errors import UsageError
+from mvit_export.errors import ModelError, UsageError
 from mvit_export.models.loaded import LoadedModel, call_guarded, check_repeats
 from mvit_export.models.outputs import check_outputs, check_printable, describe_changes, name_outputs, read_labels
 from mvit_export.tasks.classification import CLASSIFICATION, LOGITS, PROBABILITIES
@@ -30,6 +31,7 @@ def with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None)
     named = name_outputs(returned)
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     task, info = find_task(loaded.info.task, shapes), loaded.info
+    check_outputs(named)
     samples = run_samples(loaded, next(iter(named.values())))
     scores = kind_of_scores(samples) if task is CLASSIFICATION else None
     if scores == INDEPENDENT:
@@ -87,19 +89,23 @@ def run_samples(loaded: LoadedModel, zeros: Tensor) -> list[np.ndarray]:
 
     def run(amplitude: float) -> Mapping[str, np.ndarray]:
         with torch.no_grad():
-            outputs = name_outputs(loaded.module(noise * amplitude))
+            outputs = name_outputs(
+                call_guarded(lambda: loaded.module(noise * amplitude), "the model, called on noise,")
+            )
         return {name: tensor.float().numpy() for name, tensor in outputs.items()}
 
     first = run(1.0)
     check_repeats(first, run(1.0), loaded.info.name)
     samples = [zeros.float().numpy(), next(iter(first.values()))]
     if all(in_unit_range(sample) for sample in samples):
-        samples += [next(iter(run(amplitude).values())) for amplitude in STRONG]
+        with suppress(ModelError):  # a network may refuse what no picture holds
+            samples += [next(iter(run(amplitude).values())) for amplitude in STRONG]
     return samples
 
 
 def in_unit_range(scores: np.ndarray) -> bool:
-    return bool(((scores >= 0) & (scores <= 1)).all())
+    finite = scores[np.isfinite(scores)]
+    return bool(((finite >= 0) & (finite <= 1)).all())
 
 
 def kind_of_scores(samples: Sequence[np.ndarray]) -> str:

@@ -92,6 +92,8 @@ REPEATED = 1e-6  # of the scale: two runs of one network in float32 may differ b
 def check_repeats(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], name: str) -> None:
     """Raises ModelError if two runs of a network on one input differ: no file can be equal to it."""
     for output, array in first.items():
+        if not array.size:
+            raise ModelError(f"{name}'s output {output} is empty, shape {array.shape}, expected numbers to compare")
         off, scale = np.abs(array - second[output]).max(), np.abs(array).max()
         if off > REPEATED * scale:
             raise ModelError(

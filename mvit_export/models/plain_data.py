@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import decimal
-import fractions
 import pathlib
 import types
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +25,23 @@ def empty_dict(factory: Any = None, *items: Any) -> OrderedDict[Any, Any]:
     return OrderedDict(*items)
 
 
-def numpy_functions() -> dict[str, Any]:
+class Unread:
+    """In place of a value that only its own library should make from a file's bytes, and that nothing here uses.
+
+    numpy's arrays take pointers from a pickle, and a fraction's text may stand for a number of a billion digits.
+    """
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def numpy_names() -> Iterator[str]:
     """Scalars and arrays, under the names of numpy 1 and 2."""
-    names = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
-    return {f"numpy.{core}.multiarray.{name}": f for core in ("core", "_core") for name, f in names.items()}
-
-
-def numpy_types() -> dict[str, Any]:
-    kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if name not in ("ObjectDType", "VoidDType")]
-    return {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype} | {f"numpy.dtypes.{k.__name__}": k for k in kinds}
+    for core in ("core", "_core"):
+        yield from (f"numpy.{core}.multiarray.{name}" for name in ("scalar", "_reconstruct"))
+    yield from ("numpy.ndarray", "numpy.dtype")
+    yield from (f"numpy.dtypes.{name}" for name in np.dtypes.__all__)
 
 
 PATHS = {
@@ -60,13 +65,10 @@ PLAIN_DATA: dict[str, Any] = {
     "collections.defaultdict": empty_dict,
     **{f"builtins.{kind.__name__}": kind for kind in (int, float, bool, str, list, dict, tuple, frozenset)},
     **{f"datetime.{kind}": getattr(datetime, kind) for kind in ("date", "datetime", "time", "timedelta", "timezone")},
-    "decimal.Decimal": decimal.Decimal,
-    "fractions.Fraction": fractions.Fraction,
-    "uuid.UUID": uuid.UUID,
+    **dict.fromkeys(("decimal.Decimal", "fractions.Fraction", "uuid.UUID"), Unread),
     **PATHS,
     **dict.fromkeys(ATTRIBUTE_DICTS, OrderedDict),  # their entries are enough
-    **numpy_functions(),
-    **numpy_types(),
+    **dict.fromkeys(numpy_names(), Unread),
 }
 
 

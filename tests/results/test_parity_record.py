@@ -23,7 +23,7 @@ DID_NOT_RUN = ParityResult(
 # The document's keys, in their order: what scripts of users read.
 KEYS = [
     "path", "format", "precision", "status", "reason", "runtime", "against", "inputs", "metrics", "tolerance", "note",
-    "worst_case", "overflow", "located", "device",
+    "worst_case", "overflow", "located", "device", "reference_dtype", "float32_max_rel", "noisy_inputs",
 ]  # fmt: skip
 FIGURES = [
     "max_abs", "max_rel", "psnr_db", "cosine", "kl", "top1_agreement", "top5_agreement", "max_of_spread", "mean_kl",
