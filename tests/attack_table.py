@@ -23,6 +23,6 @@ def print_table(terminalreporter: Any) -> None:
         return
     terminalreporter.section("attack")
     rows = [(kind, cases[kind], held[kind], ended[kind]) for kind in sorted(cases)]
-    for kind, *counts in [("kind", "cases", "held", "of them ended by a runtime"), *rows]:
+    for kind, *counts in [("kind", "cases", "held", "of them ended by a signal"), *rows]:
         terminalreporter.write_line(f"{kind:<22} {counts[0]:>6} {counts[1]:>6}   {counts[2]}")
     terminalreporter.write_line(f"{'all':<22} {cases.total():>6} {held.total():>6}   {ended.total()}")
