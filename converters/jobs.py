@@ -109,7 +109,7 @@ class Crew(Pool):
         active: dict[Connection, int] = {}
         try:
             for near in list(self.processes):
-                self.next_work(near, works, queue, active)
+                self.next_work(near, works, queue, active, results)
             while active:
                 for near in wait_for(active):
                     answer, error = self.outcome(near)
@@ -118,7 +118,7 @@ class Crew(Pool):
                         task = work.send(answer) if error is None else work.throw(error)
                     except StopIteration as end:
                         results[active.pop(near)] = end.value
-                        self.next_work(near, works, queue, active)
+                        self.next_work(near, works, queue, active, results)
                     else:
                         self.hand_over(near, task)
         except BaseException:
@@ -130,14 +130,25 @@ class Crew(Pool):
         return [results[index] for index in range(len(works))]
 
     def next_work(
-        self, near: Connection, works: Sequence[Work[Result]], queue: deque[int], active: dict[Connection, int]
+        self,
+        near: Connection,
+        works: Sequence[Work[Result]],
+        queue: deque[int],
+        active: dict[Connection, int],
+        results: dict[int, Result],
     ) -> None:
-        """Start the next work; if there is none, the process ends and frees its memory."""
-        if not queue:
-            self.dismiss(near)
+        """Start the next work that has a task; if there is none, the process ends and frees its memory."""
+        while queue:
+            index = queue.popleft()
+            try:
+                task = next(works[index])
+            except StopIteration as end:  # it failed before its first task
+                results[index] = end.value
+                continue
+            active[near] = index
+            self.hand_over(near, task)
             return
-        active[near] = queue.popleft()
-        self.hand_over(near, next(works[active[near]]))
+        self.dismiss(near)
 
 
 def prepare(before: Callable[[], object] | None, packages: Sequence[str]) -> None:

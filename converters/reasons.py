@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mvit_export.errors import first_line, printable
+from mvit_export.errors import first_line, printable, text_of
 from mvit_export.system.limits import chain
 
 # What converters say, and the same in fewer words. The first group is the operator.
@@ -29,7 +29,7 @@ SAYINGS = (
     (r"Lowering not found: ([\w.]+)", "no TFLite lowering for the operator {}"),
     (r"PyTorch convert function for op '([\w.]+)' not implemented", "no Core ML conversion of the operator {}"),
     (
-        r"[Dd]ata-dependent expression (.*?\))(?: \(unhinted.*)?\.?",
+        r"[Dd]ata-dependent expression (.*?\))(?: \(unhinted.*|\.?$)",
         "the network's course depends on values of a tensor ({})",
     ),
 )
@@ -88,7 +88,7 @@ def find_place(error: BaseException) -> Place:
             if related and (place := place_of_node(node)) != Place():
                 return place
     for each in causes:
-        if line := quoted_line(str(each)):
+        if line := quoted_line(text_of(each)):
             return Place(running_place(each).module, line)
         if (place := running_place(each)) != Place():
             return place

@@ -94,50 +94,53 @@ def measure_outputs(
 
 @dataclass(frozen=True)
 class Judgement:
-    """What is wrong, and the worst figures. `noisy` are the inputs on which float32 itself is noise, with its errors.
+    """What is wrong, and the worst figures. `noisy` are the outcomes judged by twice float32's own error.
 
-    Such an input proves nothing about a file that is as near to float64 as twice PyTorch's own float32, and the figures
-    leave it out if there are others.
+    The figures leave those out if there are others.
     """
 
     reasons: list[str]
     metrics: Metrics | None
-    noisy: Mapping[str, Metrics]
+    noisy: tuple[tuple[Outcome, Metrics], ...] = ()  # each with float32's error
+
+    @property
+    def noisy_inputs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(outcome.case for outcome, _ in self.noisy))
 
 
 def judge_outcomes(outcomes: Sequence[Outcome], tolerance: Tolerance, task: Task) -> Judgement:
-    judged, noisy = [], {}
+    judged, noisy, hopeless = [], [], []
     measured = [(outcome, outcome.metrics) for outcome in outcomes if outcome.metrics]
     for outcome, metrics in measured:
         own = outcome.widest() if violations(metrics, tolerance, task) else None
-        if own and is_excused(metrics, own, outcome.scale, tolerance, task):
-            noisy[outcome.case] = own
-        else:
-            judged.append(metrics)
+        if own and own.max_abs > MOST_NOISE * outcome.scale:
+            hopeless.append(f"{outcome.case}: float32 itself is {own.max_abs:.1e} from float64, too far to compare")
+        elif own and not violations(metrics, widen(tolerance, own), task):
+            noisy.append((outcome, own))
+            continue
+        judged.append(metrics)
     reasons = [fault for outcome in outcomes for fault in outcome.faults][:3]
     if judged and not reasons:
-        reasons = violations(worst(judged, task), tolerance, task)
+        reasons = [*violations(worst(judged, task), tolerance, task), *hopeless[:1]]
     figures = judged or [metrics for _, metrics in measured]
-    return Judgement(reasons, worst(figures, task) if figures else None, noisy)
+    return Judgement(reasons, worst(figures, task) if figures else None, tuple(noisy))
 
 
-def is_excused(metrics: Metrics, own: Metrics, scale: float, tolerance: Tolerance, task: Task) -> bool:
-    """Whether float32 itself, `own`, is too far from float64 for the bounds, and the file at most twice as far."""
-    return own.max_abs <= MOST_NOISE * scale and not violations(metrics, widen(tolerance, own), task)
-
-
-def describe_noise(noisy: Mapping[str, Metrics]) -> str:
+def describe_noise(judged: Judgement) -> str:
     """What a PASS rests on where float32 itself is noise."""
-    if not noisy:
+    if not judged.noisy:
         return ""
-    most = max(metrics.max_abs for metrics in noisy.values())
-    return f"{', '.join(noisy)}: float32 itself is up to {most:.1e} from float64 there, twice that is allowed"
+    most = max(own.max_abs for _, own in judged.noisy)
+    inputs = ", ".join(judged.noisy_inputs)
+    return f"{inputs}: float32 itself is up to {most:.1e} from float64 there, twice that is allowed"
 
 
-def find_worst(outcomes: Sequence[Outcome]) -> Outcome:
-    """The first input with a fault, or else the one with the largest error."""
+def find_worst(outcomes: Sequence[Outcome], judged: Judgement) -> Outcome:
+    """The first input with a fault, or else the one with the largest error that is not float32's own."""
     faulty = [outcome for outcome in outcomes if outcome.faults]
-    return faulty[0] if faulty else max(outcomes, key=lambda outcome: outcome.metrics.max_rel if outcome.metrics else 0)
+    noisy = [outcome for outcome, _ in judged.noisy]
+    others = [outcome for outcome in outcomes if outcome not in noisy] or outcomes
+    return faulty[0] if faulty else max(others, key=lambda outcome: outcome.metrics.max_rel if outcome.metrics else 0)
 
 
 def constant_reference(pairs: Sequence[Pair]) -> str | None:

@@ -157,8 +157,7 @@ def _verdict(
 ) -> ParityResult:
     """The verdict on what a runtime computed."""
     judged = judge_outcomes(outcomes, manifest.target.precision_row.tolerance, task_of(manifest))
-    reasons, noisy = judged.reasons, judged.noisy
-    worst_case = find_worst([outcome for outcome in outcomes if outcome.case not in noisy] or outcomes)
+    reasons, worst_case = judged.reasons, find_worst(outcomes, judged)
     if session.labels != manifest.model.labels:
         reasons = [describe_labels(manifest.model.labels, session.labels), *reasons]
     overflow = None
@@ -172,12 +171,12 @@ def _verdict(
         runtime=session.runtime,
         inputs=len(known.pairs),
         metrics=judged.metrics,
-        note="" if reasons else "; ".join(filter(None, (session.note, known.note, describe_noise(noisy)))),
+        note="" if reasons else "; ".join(filter(None, (session.note, known.note, describe_noise(judged)))),
         worst_case=None if worst_case.broken else worst_case.case,
         overflow=overflow,
         reference_dtype=known.dtype,
         float32_max_rel=min(max(own), MOST) if own else None,
-        noisy_inputs=tuple(noisy),
+        noisy_inputs=judged.noisy_inputs,
     )
 
 

@@ -12,7 +12,7 @@ import typer
 
 from mvit_export.cli.help import DEVICES, OUTPUT, TRUST
 from mvit_export.cli.terminal import Terminal, status_text
-from mvit_export.errors import MvitExportError, UsageError
+from mvit_export.errors import MvitExportError, UsageError, text_of
 from mvit_export.system.limits import find_limit
 
 EXIT_CODES = {"pass": 0, "fail": 1, "not-run": 3}
@@ -99,7 +99,7 @@ def describe(error: Exception) -> Exception:
         return MvitExportError(f"{what}{error.strerror or error}; check that folders exist, space, rights and limits")
     if limit := find_limit(error):
         return limit
-    message = f"internal error, {type(error).__name__}: {error}; -v shows where, please report it"
+    message = f"internal error, {type(error).__name__}: {text_of(error)}; -v shows where, please report it"
     return RuntimeError(message)
 
 

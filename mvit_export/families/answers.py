@@ -37,7 +37,7 @@ def with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None)
     if scores == INDEPENDENT:
         task, info = UNKNOWN, replace(info, num_classes=None)
         if labels is not None or info.labels:
-            raise UsageError(f"--labels needs scores of one class among several, but {ONE_BY_ONE}; leave it out")
+            raise UsageError(f"labels need scores of one class among several, but {ONE_BY_ONE}; export without labels")
     names = task.output_names if scores != PROBABILITIES else ("scores",)
     outputs = name_outputs(returned, names if len(names) == len(shapes) else None)
     check_outputs(outputs)

@@ -20,16 +20,21 @@ PREFIX = "timm:"
 
 def load(asked: Request) -> LoadedModel:
     source = str(asked.model)
-    module = build_timm(source, asked.num_classes if asked.weights is None else None, asked.seed)
+    module = build_timm(source, None, asked.seed)
     weights = read_weights(asked, timm_weights(source) if asked.pretrained else asked.weights)
-    if weights is not None:
-        classes = count_classes(module, weights, asked)
-        if classes not in (None, getattr(module, "num_classes", None)):
-            module = build_timm(source, classes, asked.seed)
+    classes = asked.num_classes if weights is None else count_classes(module, weights, asked)
+    if classes not in (None, *own_widths(module)):
+        module = build_timm(source, classes, asked.seed)
     return describe_module(
         module, asked, name=source.removeprefix(PREFIX), source=source, weights=weights, trained=False,
         preprocessing=timm_preprocessing,
     )  # fmt: skip
+
+
+def own_widths(module: nn.Module) -> tuple[int | None, ...]:
+    """The numbers of classes that a network has as it is: one without a head counts as having its features."""
+    names = ("num_classes",) if getattr(module, "num_classes", None) else ("num_features", "head_hidden_size")
+    return tuple(getattr(module, name, None) for name in names)
 
 
 def count_classes(module: nn.Module, weights: StoredWeights, asked: Request) -> int | None:

@@ -6,9 +6,9 @@ import errno
 import re
 from collections.abc import Iterator
 
-from mvit_export.errors import MvitExportError
+from mvit_export.errors import MvitExportError, text_of
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # The words of libc (strerror of ENOMEM and ENOSPC), of the loader of shared libraries, of C++ and of torch.
 OUT_OF_MEMORY = re.compile(
     r"cannot allocate memory|can't allocate memory|not enough memory|out of memory|bad_alloc|failed to map segment"
@@ -21,7 +21,7 @@ OUT_OF_SPACE = re.compile(r"No space left on device|Disk quota exceeded", re.IGN
 def find_limit(error: BaseException) -> MvitExportError | None:
     """The limit that `error`, or one that it came from, ran into, with what to do; None if it is something else."""
     for each in chain(error):
-        text = " ".join(str(each).split())[:200]
+        text = " ".join(text_of(each).split())[:200]
         if concerns_memory(each):
             reason = text or type(each).__name__
             return MvitExportError(f"not enough memory ({reason}); free some, or lift the limit (ulimit -v)")
@@ -34,7 +34,7 @@ def concerns_memory(error: BaseException) -> bool:
     """By its type, number or words. Where memory has a limit, Python also loses the error itself: a SystemError."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return bool(OUT_OF_MEMORY.search(str(error))) or (isinstance(error, SystemError) and memory_is_limited())
+    return bool(OUT_OF_MEMORY.search(text_of(error))) or (isinstance(error, SystemError) and memory_is_limited())
 
 
 def memory_is_limited() -> bool:

@@ -390,6 +390,11 @@ def reports() -> Iterator[Case]:
                     lambda box, k=kind, p=place, n=name, o=options: mutate(box, k, p, VALUES[n], o),
                     codes,
                 )
+    yield from whole_records()
+
+
+def whole_records() -> Iterator[Case]:
+    done = frozenset({0})
     whole = {
         "empty": "",
         "deep": "[" * 10**6,

@@ -16,11 +16,11 @@ from torch import nn
 
 from mvit_export import export, load_model, verify
 from mvit_export.artifact import load_golden, read_artifact
-from mvit_export.checks.comparison import Outcome, judge_outcomes
-from mvit_export.checks.figures import measure
-from mvit_export.checks.reference import FLOAT32_PREFIX
+from mvit_export.checks.comparison import Outcome, constant_reference, find_worst, judge_outcomes
+from mvit_export.checks.figures import measure, psnr_db
+from mvit_export.checks.reference import FLOAT32_PREFIX, Pair, Reference
 from mvit_export.checks.sums import InSequence
-from mvit_export.errors import ModelError
+from mvit_export.errors import ArtifactError, ModelError
 from mvit_export.formats.base import SAME_ARITHMETIC
 from mvit_export.results.parity import Metrics
 from mvit_export.system.trust import TRUST_ALL
@@ -115,6 +115,18 @@ def test_golden_vectors_know_where_float32_is_noise(
     assert (verdict.status, verdict.noisy_inputs, verdict.reference_dtype) == ("pass", ("black",), None)
 
 
+@pytest.mark.parametrize("name", ["other", "output_0"])
+def test_golden_float32_of_another_name_or_shape_is_the_files_fault(
+    name: str, networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (result,) = export(load_model(model=f"{networks}:plain", image_size=64), to="onnx", out=tmp_path, verify=False)
+    cases = load_golden(result.artifact)
+    cases["noise-0"][FLOAT32_PREFIX + name] = np.zeros((1, 2), np.float32)
+    monkeypatch.setattr("mvit_export.checks.parity.load_golden", lambda _: cases)
+    with pytest.raises(ArtifactError, match="'noise-0' has other float32 outputs; export again"):
+        verify(result.artifact.path, against="golden")
+
+
 def off_by(error: float) -> Metrics:
     """The figures of an output whose every value is off by `error` of the scale."""
     exact = np.linspace(0.5, 1, 16)[None]
@@ -137,9 +149,25 @@ def test_bound_is_twice_the_error_of_float32(file: float, float32: float, status
     judged = judge_outcomes([good, noisy], SAME_ARITHMETIC, UNKNOWN)
     assert ("fail" if judged.reasons else "pass") == status
     excused = status == "pass" and file > 1e-5
-    assert [*judged.noisy] == (["noisy"] if excused else [])
+    assert judged.noisy_inputs == (("noisy",) if excused else ())
     assert judged.metrics is not None
     assert judged.metrics.max_rel == pytest.approx(1e-7 if excused else file)
+
+
+def test_float32_that_is_too_far_off_is_named() -> None:
+    far = Outcome("far", (), off_by(3e-2), float32=off_by(2e-2), widest=lambda: off_by(2e-2), scale=1.0)
+    judged = judge_outcomes([far], SAME_ARITHMETIC, UNKNOWN)
+    assert judged.reasons[-1] == "far: float32 itself is 2.0e-02 from float64, too far to compare"
+
+
+def test_a_noisy_output_does_not_hide_a_wrong_one_of_the_same_input() -> None:
+    noisy = Outcome("black", (), off_by(3e-5), float32=off_by(2e-5), widest=lambda: off_by(2e-5), scale=1.0)
+    wrong = Outcome("black", (), off_by(2e-5), float32=off_by(1e-8), widest=lambda: off_by(1e-8), scale=1.0)
+    right = Outcome("white", (), off_by(1e-8), float32=off_by(1e-8), widest=lambda: off_by(1e-8), scale=1.0)
+    judged = judge_outcomes([noisy, wrong, right], SAME_ARITHMETIC, UNKNOWN)
+    assert judged.reasons
+    assert judged.noisy_inputs == ("black",)
+    assert find_worst([noisy, wrong, right], judged) is wrong
 
 
 def test_noise_on_one_input_does_not_excuse_another(networks: Path, tmp_path: Path) -> None:
@@ -191,6 +219,34 @@ class Square(nn.Module):
     assert "the reference itself holds NaN or Inf in output_0; the weights overflow in fp32" in verdict.reason
 
 
+def test_answers_below_float32_prove_nothing() -> None:
+    """Initial weights that are small in every layer: answers of 1e-43, a few denormal steps from zero."""
+    tiny, usual = np.array([[1e-43, 3e-43]]), np.array([[1e-3, 3e-3]])
+    said = constant_reference([Pair("a", np.zeros(1), {"logits": tiny}), Pair("b", np.zeros(1), {"logits": 2 * tiny})])
+    assert said is not None
+    assert said.startswith("the reference's logits are below what float32 holds with all digits")
+    assert constant_reference([Pair(str(i), np.zeros(1), {"logits": i * usual}) for i in (1, 2)]) is None
+
+
+@pytest.mark.parametrize(("peak", "noise"), [(1e200, 1e10), (1e-170, 0.0), (1e-170, 1e-320), (1e308, 1e308)])
+def test_psnr_of_what_float32_cannot_hold(peak: float, noise: float) -> None:
+    assert np.isfinite(psnr_db(peak, noise))
+
+
+def test_network_that_does_not_run_in_sequence_keeps_the_narrow_bound(
+    networks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no such operator in this mode")
+
+    reference = Reference(load_model(model=f"{networks}:instance_norm", image_size=64))
+    black = np.zeros((1, 3, 64, 64), np.float32)
+    pair = reference.answer("black", black, black)
+    assert pair.in_sequence is not None
+    monkeypatch.setattr("mvit_export.checks.sums.normalize", refuse)
+    np.testing.assert_array_equal(pair.in_sequence()["output_0"], pair.float32["output_0"])  # type: ignore[index]
+
+
 # Sums in sequence
 
 
@@ -228,3 +284,9 @@ def test_sums_in_sequence_lose_more_where_terms_are_alike() -> None:
     x = torch.full((1, 1, 256, 256), 0.1)
     pairwise, in_sequence = errors(lambda x: x.mean((2, 3)), x)
     assert pairwise < 1e-6 < in_sequence < 1e-3
+
+
+def test_sums_keep_the_type_that_they_ask_for() -> None:
+    with InSequence():
+        found = torch.ones(4, 4).mean(1, dtype=torch.float64), torch.ones(4, 4).sum(1, dtype=torch.float64)
+    assert [tensor.dtype for tensor in found] == [torch.float64] * 2

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,24 @@ def test_results_come_in_the_order_of_the_works(tmp_path: Path) -> None:
     assert [result["parent"] for result in results] == [os.getpid()] * 4
     assert results[1]["pid"] != results[0]["pid"] == results[2]["pid"] == results[3]["pid"]
     assert tree(tmp_path / "out") == ["0", "0/file", "1", "1/file", "2", "2/file", "3", "3/file"]
+
+
+def test_a_work_may_end_before_its_first_task(tmp_path: Path) -> None:
+    """As one does that finds its own fault while it is prepared."""
+
+    def early(answer: str) -> Work[Any]:
+        yield from ()
+        return answer
+
+    def works() -> list[Work[Any]]:
+        return [early("first"), artifact(tmp_path / "out", Write), early("last")]
+
+    with crew_of(2) as crew:
+        first, made, last = crew.do(works(), [0, 2, 1])
+    assert (first, last, made["parent"]) == ("first", "last", os.getpid())
+    shutil.rmtree(tmp_path / "out")
+    first, made, last = do_in_turn(works())
+    assert (first, last, made["pid"]) == ("first", "last", os.getpid())
 
 
 def test_processes_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

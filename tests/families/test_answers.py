@@ -11,7 +11,7 @@ import pytest
 
 from mvit_export import evaluate, export, load_model
 from mvit_export.artifact import MANIFEST, Manifest, read_artifact
-from mvit_export.errors import UsageError
+from mvit_export.errors import ModelError, UsageError
 from mvit_export.families.answers import INDEPENDENT, kind_of_scores
 from mvit_export.readers.session import openers
 from mvit_export.tasks.classification import LOGITS, PROBABILITIES, check_classifier
@@ -29,6 +29,26 @@ class Net(nn.Module):
     def forward(self, x):
         return self.last(8 * self.head(self.stem(x).relu().mean((2, 3))))
 
+class Table(nn.Module):
+    # Takes pixels alone: what no picture holds is no index.
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(256, 5)
+        self.table.weight.data.uniform_(0, 1)
+
+    def forward(self, x):
+        return self.table((x.clamp(min=0) * 255).long()).mean((1, 2, 3)).softmax(1)
+
+class Nothing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x.flatten(1)[:, :0] * self.scale
+
+def table(): return Table()
+def nothing(): return Nothing()
 def softmax(): return Net(nn.Softmax(1))
 def sigmoid(): return Net(nn.Sigmoid())
 def logits(): return Net(nn.Identity())
@@ -67,8 +87,17 @@ def test_kind_of_scores(samples: list[list[float]], kind: str) -> None:
     assert kind_of_scores([np.array([sample]) for sample in samples]) == kind
 
 
+def test_network_may_refuse_what_no_picture_holds(networks: Path) -> None:
+    assert load_model(model=f"{networks}:table", image_size=32).info.scores == "probabilities"
+
+
+def test_empty_output_is_named(networks: Path) -> None:
+    with pytest.raises(ModelError, match=r"nothing's output output_0 is empty, shape \(1, 0\), expected numbers"):
+        load_model(model=f"{networks}:nothing", image_size=32)
+
+
 def test_labels_of_a_sigmoid_are_refused(networks: Path) -> None:
-    with pytest.raises(UsageError, match=r"--labels needs scores of one class among several, but .* a sigmoid"):
+    with pytest.raises(UsageError, match=r"labels need scores of one class among several, but .* a sigmoid"):
         load_model(model=f"{networks}:sigmoid", image_size=32, labels=LABELS)
 
 

@@ -50,6 +50,12 @@ def test_classes_that_are_asked_for() -> None:
     assert rebuilt(default).weights.state_sha256 == default.weights.state_sha256
 
 
+def test_network_without_a_head_is_rebuilt_without_one() -> None:
+    model = load_model(model="timm:eva02_tiny_patch14_224", image_size=224)
+    assert model.info.num_classes == 192  # its features
+    assert rebuilt(model).weights.state_sha256 == model.weights.state_sha256
+
+
 def test_classes_that_disagree(tmp_path: Path) -> None:
     fine_tuned(NAMES[0], 7, tmp_path / "w.pt")
     asked = {"model": f"timm:{NAMES[0]}", "weights": tmp_path / "w.pt", "image_size": 64}

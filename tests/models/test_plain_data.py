@@ -6,6 +6,7 @@ import argparse
 import collections
 import datetime
 import decimal
+import fractions
 import pathlib
 import pickle
 import sys
@@ -98,3 +99,33 @@ def test_namespaces_cannot_smuggle_objects(tmp_path: Path) -> None:
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Calls(eval, "1"), protocol=2))
     with pytest.raises(WeightsError, match="refused"):
         read_checkpoint(tmp_path / "bare.pt")
+
+
+class Array:
+    """Pickled as numpy's own call, with an object array over bytes that the file chose: pointers, once it is read."""
+
+    def __reduce__(self) -> Any:
+        return list, (Forged(),)
+
+
+class Forged:
+    def __reduce__(self) -> Any:
+        return np.ndarray, ((1,), "O", b"A" * 8)
+
+
+class Long:
+    """A fraction of a billion digits in twelve characters."""
+
+    def __reduce__(self) -> Any:
+        return fractions.Fraction, ("1e999999999",)
+
+
+@pytest.mark.parametrize("data", [Forged(), Long()], ids=["pointer", "digits"])
+def test_values_are_not_made_from_what_a_file_says(data: Any, tmp_path: Path) -> None:
+    """Either would end this process, by a wrong pointer or by its memory."""
+    assert torch.equal(read_beside(data, tmp_path), WEIGHT)
+
+
+def test_a_list_over_forged_pointers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"w\.pt"):
+        read_beside(Array(), tmp_path)
