@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mvit_export.benchmarks.devices.commands import read_to_end
 from mvit_export.errors import DeviceError, printable
 
 INSTALL = "apt install adb, brew install android-platform-tools, or Google's platform-tools"
@@ -217,7 +218,7 @@ def call(command: Sequence[str], *, step: str, timeout: float) -> tuple[int, str
     except OSError as error:
         raise DeviceError(f"{command[0]} cannot be started: {error.strerror}; install adb: {INSTALL}") from error
     try:
-        out, err = child.communicate(timeout=timeout)
+        out, err = read_to_end(child, what=step, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise DeviceError(
             f"{step} gave no answer within {timeout:.0f} s; is the device awake and connected?"

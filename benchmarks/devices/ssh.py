@@ -20,7 +20,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from mvit_export.benchmarks.devices.commands import PIPES, STEP_TIMEOUT, client_finding, last_line
+from mvit_export.benchmarks.devices.commands import (
+    MOST_OUTPUT,
+    PIPES,
+    STEP_TIMEOUT,
+    client_finding,
+    last_line,
+    read_to_end,
+)
 from mvit_export.benchmarks.devices.machines import Machine
 from mvit_export.doctor import Finding
 from mvit_export.errors import DeviceError, UsageError, printable
@@ -29,6 +36,7 @@ from mvit_export.system.files import write_whole
 CONNECT_TIMEOUT = 10  # seconds for TCP, and again for the key exchange
 LEAVE_TIMEOUT = 20.0
 SLOWEST = 50_000  # bytes a second, of a copy that is still waited for
+LONGEST_GREETING = 1 << 20  # bytes that a login script may print
 LOST = 255  # ssh's exit code for its own failures, as opposed to the remote command's
 MARK = "mvit-export-scratch:"  # a login script may print lines of its own before it
 OPTIONS = {
@@ -113,17 +121,20 @@ class Ssh(Machine):
     def _read_scratch(self) -> str:
         """Wait for the keeper's line, whatever a login script prints before it; empty if Python is missing."""
         assert self._keeper.stdout
-        text, deadline = b"", time.monotonic() + STEP_TIMEOUT
+        rest, printed, deadline = b"", 0, time.monotonic() + STEP_TIMEOUT
         with selectors.DefaultSelector() as selector:
             selector.register(self._keeper.stdout, selectors.EVENT_READ)
             while time.monotonic() < deadline:
                 if not selector.select(deadline - time.monotonic()):
                     continue
                 chunk = os.read(self._keeper.stdout.fileno(), 4096)
-                text += chunk
-                for line in text.decode("utf-8", "replace").split("\n")[:-1]:
-                    if line.startswith(MARK):
-                        return line.removeprefix(MARK)
+                printed += len(chunk)
+                if printed > LONGEST_GREETING:
+                    raise DeviceError(f"{self.name} gave no answer, but printed more than {LONGEST_GREETING >> 20} MB")
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.startswith(MARK.encode()):
+                        return line.decode("utf-8", "replace").removeprefix(MARK)
                 if not chunk:
                     raise self._failure(self._keeper.wait(), self._complained(), "making a scratch folder")
         raise DeviceError(f"{self.name} gave no answer within {STEP_TIMEOUT:.0f} s")
@@ -148,7 +159,7 @@ class Ssh(Machine):
     def get(self, name: str, local: Path) -> None:
         place, what = shlex.quote(f"{self.scratch}/{name}"), f"fetching {name}"
         size = int(self._step(f"wc -c <{place}", what=what).split()[-1])
-        content = self._step(f"cat {place}", what=what, timeout=STEP_TIMEOUT + size / SLOWEST)
+        content = self._step(f"cat {place}", what=what, timeout=STEP_TIMEOUT + size / SLOWEST, most=size + MOST_OUTPUT)
         if len(content) != size:
             hint = "does a login script there print something?"
             raise DeviceError(f"{self.name}: {what}: it has {size} bytes, {len(content)} arrived; {hint}")
@@ -169,12 +180,28 @@ class Ssh(Machine):
         """The script, on record while it runs, so that the keeper can end it."""
         return STEP.format(pid=shlex.quote(f"{self.scratch}/.pid"), script=script)
 
-    def _step(self, script: str, *, what: str, timeout: float = STEP_TIMEOUT, stdin: IO[bytes] | None = None) -> bytes:
-        """Run a shell script there to its end and return its stdout."""
+    def _step(
+        self,
+        script: str,
+        *,
+        what: str,
+        timeout: float = STEP_TIMEOUT,
+        stdin: IO[bytes] | None = None,
+        most: int = MOST_OUTPUT,
+    ) -> bytes:
+        """Run a shell script there to its end and return its stdout, of at most `most` bytes."""
         pipes = {**PIPES, "stdin": stdin or subprocess.DEVNULL}
         with subprocess.Popen(self._ssh(self._accounted(script)), start_new_session=True, **pipes) as process:
+
+            def end_with_keeper() -> None:
+                """Else ssh would get through to a machine that is back, where nobody would clean up after it."""
+                if self._keeper.poll() is not None:
+                    process.kill()
+
             try:
-                out, complaint = self._communicate(process, time.monotonic() + timeout)
+                out, complaint = read_to_end(
+                    process, what=f"{self.name}: {what}", timeout=timeout, most=most, watch=end_with_keeper
+                )
             except subprocess.TimeoutExpired as error:
                 raise DeviceError(f"{self.name}: {what} did not end within {timeout:.0f} s and was stopped") from error
             finally:
@@ -182,20 +209,6 @@ class Ssh(Machine):
         if process.returncode:
             raise self._failure(process.returncode, complaint, what)
         return out
-
-    def _communicate(self, process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes]:
-        """What the process says until it ends or the keeper is lost.
-
-        Without a keeper, ssh would get through to a machine that is back, but nobody would clean up after it there.
-        """
-        while True:
-            try:
-                return process.communicate(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                if self._keeper.poll() is not None:
-                    process.kill()
-                elif time.monotonic() >= deadline:
-                    raise
 
     def _ssh(self, script: str, *, master: bool = False) -> list[str]:
         options = {

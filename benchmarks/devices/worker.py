@@ -23,6 +23,8 @@ from mvit_export.runner import __main__ as runner
 RUNNER = "runner.pyz"  # the runner's folder as one file, which Python starts by its `__main__`
 START = "from runner.__main__ import main\n\nmain()\n"
 START_TIMEOUT = 120.0  # seconds; an emulated Python imports numpy in 10
+LARGEST_ANSWER = 256 * 2**20  # bytes of a line: every output of a model, in base 64
+LONGEST_COMPLAINT = 4096  # bytes of a line on stderr; more are the next line
 GRACE = 5.0  # seconds for a runner to remove its scratch folder
 
 
@@ -47,7 +49,7 @@ class Worker:
         assert process.stdout is not None
         assert process.stderr is not None
         self.process, self.where = process, where
-        self.lines: queue.Queue[bytes | None] = queue.Queue()
+        self.lines: queue.Queue[bytes | None] = queue.Queue(maxsize=4)  # one is asked for
         self.complaints: deque[str] = deque(maxlen=20)
         self.readers = [
             threading.Thread(target=self._read_answers, args=(process.stdout,), daemon=True),
@@ -57,12 +59,14 @@ class Worker:
             reader.start()
 
     def _read_answers(self, stream: Any) -> None:
-        for line in stream:
-            self.lines.put(line)
+        while line := stream.readline(LARGEST_ANSWER):
+            self.lines.put(line)  # one that was cut is no JSON
+            if not line.endswith(b"\n"):
+                break
         self.lines.put(None)
 
     def _read_complaints(self, stream: Any) -> None:
-        for line in stream:
+        while line := stream.readline(LONGEST_COMPLAINT):
             self.complaints.append(line.decode("utf-8", "replace").strip())
 
     def ask(self, do: str, *, timeout: float = 60.0, **request: Any) -> Any:
@@ -102,7 +106,7 @@ class Worker:
                 return answer["ok"]
             kind, message = answer["error"]["kind"], answer["error"]["message"]
         except (ValueError, TypeError, KeyError) as error:  # also JSON that is not an answer, such as a number
-            said = printable(line.decode("latin-1"))
+            said = printable(line[:100].decode("latin-1"))
             raise DeviceError(f"{self.where} answered {said!r}, expected the runner's JSON") from error
         if kind == "rejected":
             raise FileRefused(request["model"], message)
