@@ -32,6 +32,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 PARTS = ("mvit_export", "converters", "benchmarks")  # the folders that are installed
 TINY = f"{TESTS / 'tiny.py'}:tiny"
+SMALL = f"{TESTS / 'small.py'}:small"
 LABELS = tuple(f"digit {i}" for i in range(10))
 DEVICE_PACKAGES = ("tflite-runtime==2.14.*", "numpy==1.26.*", "safetensors>=0.5")
 NEEDS_TFLITE_RUNTIME = [
@@ -120,6 +121,14 @@ def tiny_model() -> Any:
     from mvit_export import load_model
 
     return load_model(model=TINY)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Any:
+    """Where a test is about one layer, or about what is around a file: it converts in a quarter of the time."""
+    from mvit_export import load_model
+
+    return load_model(model=SMALL, input_shape=(1, 3, 16, 16))
 
 
 @pytest.fixture(scope="session")

@@ -368,19 +368,19 @@ def test_any_batch_and_pictures_and_labels(tmp_path: Path) -> None:
     ("fmt", "form"), [("onnx", "flat"), ("tflite", "patches"), ("tflite", "winograd"), ("coreml", "channels")]
 )
 def test_locate_names_a_layer_in_the_file_s_own_form(
-    fmt: str, form: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fmt: str, form: str, small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*args: Any, **options: Any) -> Any:
         formed: Any = take_form(*args, **options)
-        weight = formed.stages[3][1].encoders[1].mlp.reduce.weight
+        weight = formed.stages[0][1].encoders[0].mlp.reduce.weight
         weight.data = weight.data.flip(0)
         return formed
 
     monkeypatch.setattr(export_module, "take_form", wrong)
-    (made,) = export(tiny_model, to=fmt, precision="fp32", form=form, out=tmp_path, verify=False)
+    (made,) = export(small_model, to=fmt, precision="fp32", form=form, out=tmp_path, verify=False)
     (result,) = verify(made.artifact.path, find_layer=True)
     assert result.status == "fail" and result.located is not None and result.located.diverges
-    assert result.located.module == "stages.3.1.encoders.1.mlp.reduce"
+    assert result.located.module == "stages.0.1.encoders.0.mlp.reduce"
 
 
 def test_locate_finds_nothing_in_a_right_file(tiny_artifact: Callable[..., Path]) -> None:
