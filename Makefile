@@ -18,7 +18,7 @@ coverage: $(DEV)
 	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered
 
 quick: $(DEV)
-	$(BIN)/pytest -n auto --dist worksteal -m 'not slow'
+	$(BIN)/pytest -n auto --dist worksteal -m 'not slow and not docs and not attack'
 
 # Every command that README and docs/ show, as printed, in an empty folder a page.
 docs: $(DEV)

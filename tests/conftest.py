@@ -53,6 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
     let_children_be_interrupted()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes an export is slow, even where others have made it already in a whole run."""
+    for item in items:
+        if "tiny_artifact" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     print_table(terminalreporter)
 

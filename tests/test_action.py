@@ -129,6 +129,7 @@ def test_uploads_what_the_steps_wrote() -> None:
     assert STEPS["Upload the report"]["with"]["path"] == STEPS["Report"]["env"]["REPORT_DIR"]
 
 
+@pytest.mark.slow
 def test_defaults(runner: Runner) -> None:
     assert runner.run() == 0
     assert runner.record == [
@@ -216,6 +217,7 @@ def test_bench_can_be_left_out(runner: Runner) -> None:
     assert not (runner.folder / "mvit-export-report" / "bench.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verify", "bench", "status"),
     [
@@ -245,6 +247,7 @@ def test_a_step_that_fails_ends_the_action(runner: Runner, command: str) -> None
     assert runner.steps[-1] == {"EXIT_EXPORT": "Export", "EXIT__M": "Install", "EXIT_REPORT": "Report"}[command]
 
 
+@pytest.mark.slow
 def test_the_steps_drive_the_real_command(runner: Runner) -> None:
     """Export, verify and report for real: the options that the action writes are options that exist."""
     script = f'#!/bin/sh\nexec "{sys.executable}" -m mvit_export "$@"\n'

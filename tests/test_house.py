@@ -123,6 +123,7 @@ def reachable(start: str, edges: Mapping[str, set[str]]) -> set[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_every_room_has_its_line(sources: Sources) -> None:
     placed = {name for line in LAYERS for name in line}
     assert {room(module) for module in sources} - {PUBLIC, "__main__"} == placed

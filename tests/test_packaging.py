@@ -80,6 +80,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     sdist = build(source_tree(tmp_path / "tree"), "--sdist", tmp_path / "sdist")
     with tarfile.open(sdist) as packed:
@@ -122,6 +123,7 @@ def test_each_target_s_extra_brings_torch(wheel: Path, extra: str) -> None:
     assert any(line.startswith(("torch<", "torch>")) for line in requirements(wheel, extra))
 
 
+@pytest.mark.slow
 def test_error_for_a_missing_module_names_an_extra_that_brings_it(wheel: Path) -> None:
     calls = [
         (path, call)

@@ -15,6 +15,8 @@ from odd_files import ODD
 
 from mvit_export.system import reading
 
+pytestmark = pytest.mark.slow
+
 METHODS = {"open", "read_text", "read_bytes", "fromfile", "memmap", "imread", "ZipFile", "is_zipfile", "safe_open",
            "load_file", "read_model", "np.load", "torch.load", "onnx.load", "Image.open"}  # fmt: skip
 OF_NO_FILE = ("os", "adapter", "subject", "kind", "runtime", "self.adapter", "interpreter", "device", "session")

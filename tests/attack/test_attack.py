@@ -28,6 +28,8 @@ from mvit_export.errors import MvitExportError
 from mvit_export.models.hub import check_digest
 from mvit_export.readers.onnx import read_ort
 
+pytestmark = pytest.mark.slow
+
 # Reads that no command comes by without a device, a hub or minutes of work: what is given the path there.
 DIRECT: dict[str, Callable[[Path], object]] = {
     "benchmarks/devices/benchmark_model.py:check_binary": lambda path: check_binary(path, "arm64-v8a"),

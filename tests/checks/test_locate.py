@@ -23,6 +23,8 @@ from mvit_export.readers.session import Intermediate
 from mvit_export.readers.tflite import tflite_modules
 from mvit_export.results.parity import Located, ParityResult
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ("onnx", "coreml", "tflite")
 
 

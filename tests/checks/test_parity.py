@@ -133,6 +133,7 @@ def test_image_input_takes_pictures(tiny_artifact: Callable[..., Path]) -> None:
         assert case.model_input.shape == (1, 3, 64, 64)
 
 
+@pytest.mark.slow
 def test_dynamic_batch_is_run_at_two_sizes(tiny_model: Any, tmp_path: Path) -> None:
     (result,) = export(tiny_model, to="onnx", dynamic_batch=True, out=tmp_path)
     assert result.parity is not None
@@ -191,6 +192,7 @@ def check_mutant(model: Any, mutate: Callable[[nn.Module], None], fmt: str, out:
     return result.parity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mutate", "fmt"), MUTATIONS, ids=lambda part: getattr(part, "__name__", part))
 def test_mutated_file_fails(mutate: Callable[[nn.Module], None], fmt: str, small_model: Any, tmp_path: Path) -> None:
     verdict = check_mutant(small_model, mutate, fmt, tmp_path)
@@ -198,10 +200,12 @@ def test_mutated_file_fails(mutate: Callable[[nn.Module], None], fmt: str, small
     assert ("NaN" in verdict.reason) == (mutate is bear_nan)
 
 
+@pytest.mark.slow
 def test_smaller_eps_fails(tiny_model: Any, tmp_path: Path) -> None:
     assert check_mutant(tiny_model, smaller_eps, "onnx", tmp_path).status == "fail"
 
 
+@pytest.mark.slow
 def test_smaller_eps_fails_in_a_trained_network(tmp_path: Path) -> None:
     """Only a flat green picture shows it, on which the LayerNorms' inputs vary least."""
     model = load_model(weights=ROOT / "examples" / "digits_xxs.safetensors", image_size=64)
@@ -218,6 +222,7 @@ def test_smaller_eps_fails_in_a_trained_network(tmp_path: Path) -> None:
     assert (right.parity.status, right.parity.inputs) == ("pass", 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["onnx", "tflite"])
 def test_shuffled_labels_fail(fmt: str, tmp_path: Path) -> None:
     model = load_model(model=SMALL, input_shape=(1, 3, 16, 16), labels=LABELS)
@@ -236,6 +241,7 @@ def negated_probabilities(self: CoreMLForm, image: torch.Tensor) -> tuple[torch.
     return scores, torch.softmax(-scores, dim=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["labels", "probabilities"])
 def test_wrong_classifier_fails(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Core ML's own classifier, beside metadata that is right: reversed labels, probabilities of the negated scores."""
@@ -255,6 +261,7 @@ def test_wrong_classifier_fails(fault: str, tmp_path: Path, monkeypatch: pytest.
     assert f"the classifier's {fault} are not" in result.parity.reason
 
 
+@pytest.mark.slow
 def test_error_hidden_under_an_offset_fails(tmp_path: Path) -> None:
     """A large bias makes every relative figure look good; what the input changes is what counts."""
     source = tmp_path / "net.py"
@@ -279,6 +286,7 @@ class Flip(nn.Module):
         return torch.cat((x[:, 2:3], x[:, 1:2], x[:, 0:1]), dim=1)
 
 
+@pytest.mark.slow
 def test_damaged_file_leaves_no_old_verdict(tiny_model: Any, tmp_path: Path) -> None:
     (result,) = export(tiny_model, to="onnx", out=tmp_path)
     assert (result.artifact.path / "parity.json").exists()
@@ -336,6 +344,7 @@ def test_runtime_that_fails_is_a_failed_check(tiny_artifact: Callable[..., Path]
     assert metrics is None
 
 
+@pytest.mark.slow
 def test_golden_check_notices_a_wrong_vector(tiny_model: Any, tmp_path: Path) -> None:
     (result,) = export(tiny_model, to="onnx", out=tmp_path, verify=False)
     artifact = result.artifact
@@ -354,6 +363,7 @@ def test_golden_check_notices_a_wrong_vector(tiny_model: Any, tmp_path: Path) ->
     assert verify(artifact.path)[0].status == "pass"
 
 
+@pytest.mark.slow
 def test_reference_is_rebuilt_and_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that gives other weights than it did at the export is an error, not a failed or passed check."""
     source = tmp_path / "net.py"
@@ -387,6 +397,7 @@ def test_weak_reference_is_blamed(tiny_artifact: Callable[..., Path]) -> None:
     assert "the reference itself holds NaN or Inf" in reasons[0]
 
 
+@pytest.mark.slow
 def test_reference_that_ignores_its_input_proves_nothing(tmp_path: Path) -> None:
     """An untrained head of zeros makes every file look perfect."""
     source = tmp_path / "net.py"

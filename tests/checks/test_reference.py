@@ -75,6 +75,7 @@ def verdict_on(networks: Path, name: str, out: Path) -> Any:
     return result.parity
 
 
+@pytest.mark.slow
 def test_reference_is_float64_and_float32_is_measured_against_it(networks: Path, tmp_path: Path) -> None:
     verdict = verdict_on(networks, "plain", tmp_path)
     assert (verdict.status, verdict.reference_dtype, verdict.noisy_inputs, verdict.note) == ("pass", "float64", (), "")
@@ -91,6 +92,7 @@ def test_reference_is_float64_and_float32_is_measured_against_it(networks: Path,
             np.testing.assert_array_equal(case["output_0"], expected)
 
 
+@pytest.mark.slow
 def test_right_file_passes_where_float32_is_noise(networks: Path, tmp_path: Path) -> None:
     """InstanceNorm of a black picture multiplies the rounding of a mean by 1 / sqrt(eps)."""
     verdict = verdict_on(networks, "instance_norm", tmp_path)
@@ -102,6 +104,7 @@ def test_right_file_passes_where_float32_is_noise(networks: Path, tmp_path: Path
     assert verdict_on(networks, "group_norm", tmp_path).status == "pass"
 
 
+@pytest.mark.slow
 def test_golden_vectors_know_where_float32_is_noise(
     networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +118,7 @@ def test_golden_vectors_know_where_float32_is_noise(
     assert (verdict.status, verdict.noisy_inputs, verdict.reference_dtype) == ("pass", ("black",), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["other", "output_0"])
 def test_golden_float32_of_another_name_or_shape_is_the_files_fault(
     name: str, networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +174,7 @@ def test_a_noisy_output_does_not_hide_a_wrong_one_of_the_same_input() -> None:
     assert find_worst([noisy, wrong, right], judged) is wrong
 
 
+@pytest.mark.slow
 def test_noise_on_one_input_does_not_excuse_another(networks: Path, tmp_path: Path) -> None:
     """A network whose float32 is noise on black is still held to 1e-5 on every other picture."""
     model = load_model(model=f"{networks}:instance_norm", image_size=64)
@@ -188,6 +193,7 @@ def test_network_that_answers_differently_is_refused(name: str, networks: Path) 
         load_model(model=f"{networks}:{name}", image_size=64)
 
 
+@pytest.mark.slow
 def test_verify_refuses_a_network_that_has_become_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "net.py"
     source.write_text(NETWORKS)
@@ -198,12 +204,14 @@ def test_verify_refuses_a_network_that_has_become_random(tmp_path: Path, monkeyp
         verify(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_network_that_cannot_run_in_float64_says_so(networks: Path, tmp_path: Path) -> None:
     verdict = verdict_on(networks, "float32", tmp_path)
     assert (verdict.status, verdict.reference_dtype, verdict.float32_max_rel) == ("pass", "float32", None)
     assert verdict.note.startswith("the reference is float32, the network does not run in float64: ")
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_float32_alone_are_named(tmp_path: Path) -> None:
     source = tmp_path / "net.py"
     source.write_text(

@@ -15,7 +15,7 @@ import pytest
 from conftest import TESTS
 from PIL import Image
 
-pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")]
 NAME = os.fsdecode(b"caf\xe9")
 NOT_UTF8 = "the path has bytes that are not UTF-8, which libraries cannot open; rename the folder or file"
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from conftest import LABELS, TINY, Finished
 
+pytestmark = pytest.mark.slow
+
 Cli = Callable[..., Finished]
 FIGURES = r"\d+\.\d dB, max error \d\.\de-\d\d of scale  9 inputs vs pytorch in"
 

@@ -14,6 +14,8 @@ from conftest import Finished
 
 from mvit_export.cli.text import harmless, json_escape
 
+pytestmark = pytest.mark.slow
+
 COMMAND = f"{sys.executable} -m mvit_export"
 ENDS = """
 import ctypes, os, sys

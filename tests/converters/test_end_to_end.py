@@ -25,6 +25,8 @@ from mvit_export.data.synthetic import open_photo
 from mvit_export.families.mobilevit.network import create_mobilevit
 from mvit_export.families.timm import import_timm
 
+pytestmark = pytest.mark.slow
+
 PSNR_DB = {"fp32": 100, "fp16": 50}
 
 
@@ -392,7 +394,8 @@ def test_example_script(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "capture"), [("mobilenetv3_small_050", "torch.export"), ("swin_tiny_patch4_window7_224", "torch.jit.trace")]
+    ("name", "capture"),
+    [("mobilenetv3_small_050", "torch.export"), ("swin_tiny_patch4_window7_224", "torch.jit.trace")],
 )
 def test_timm_families_in_core_ml(name: str, capture: str, tmp_path: Path) -> None:
     """Swin converts from a trace only, and the manifest says so. The other families are in test_mil_models.py."""

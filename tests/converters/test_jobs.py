@@ -31,6 +31,8 @@ from mvit_export.system import machine, processes
 from mvit_export.system.processes import portable
 from mvit_export.system.staging import no_empty_folders, staged_directory
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 
 # What the machine grants

@@ -14,6 +14,8 @@ from mvit_export import export, load_model
 from mvit_export.converters.onnx import convert as onnx_module
 from mvit_export.errors import ConversionError, MvitExportError, PartialExportError, UsageError
 
+pytestmark = pytest.mark.slow
+
 GAPS = Path(__file__).parent / "gaps.py"
 REASON = "Core ML fp16: the converter failed: no Core ML conversion of the operator upsample_bicubic2d, at "
 

@@ -9,6 +9,8 @@ import pytest
 from mvit_export import export, load_model
 from mvit_export.errors import ConversionError
 
+pytestmark = pytest.mark.slow
+
 GAPS = Path(__file__).parent / "gaps.py"
 SWITCHED = "the network's course depends on values of a tensor (Eq(u0, 1))"
 LINES = {

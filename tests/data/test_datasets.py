@@ -124,6 +124,7 @@ def test_upscaling_is_pillow_s_bilinear() -> None:
     assert (ours == ours[..., :1]).all()
 
 
+@pytest.mark.slow
 def test_written_files_hold_the_held_out_part(tmp_path: Path) -> None:
     images, labels = digits.held_out()
     digits.write_npz(tmp_path / "digits.npz")
@@ -141,6 +142,7 @@ def test_written_files_hold_the_held_out_part(tmp_path: Path) -> None:
     assert len(found.files) == 454
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("out", "part", "count"), [("out.npz", "val", 454), ("out", "train", 1343)])
 def test_command_writes_either_part_without_torch(out: str, part: str, count: int, tmp_path: Path) -> None:
     command = f"""if True:

@@ -56,6 +56,7 @@ def test_manifest_says_who_stated_it(network: str) -> None:
     assert whole.preprocessing == Preprocessing("BGR", crop=(8, 8), source="my training script")
 
 
+@pytest.mark.slow
 def test_what_is_taken_for_granted_is_said_where_pictures_count(
     cli: Callable[..., Finished], network: str, tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_jitter_scales() -> None:
 # Training
 
 
+@pytest.mark.slow
 def test_brief_training_sees_the_loss_fall(settings: Settings) -> None:
     result = finetune_digits.finetune(replace(settings, epochs=6, batch=8, sizes=((32, 32),)))
     assert result["losses"][-1] < 0.7 * result["losses"][0]
@@ -184,6 +185,7 @@ def test_brief_training_sees_the_loss_fall(settings: Settings) -> None:
     assert not settings.out.with_suffix(".training.pt").exists(), "done with"
 
 
+@pytest.mark.slow
 def test_brief_training_on_the_digits_sees_the_loss_fall(tmp_path: Path) -> None:
     """A few steps at the smallest size."""
     settings = Settings(tmp_path / "out.safetensors", sizes=((32, 32),), batch=64, epochs=2, threads=1)
@@ -193,6 +195,7 @@ def test_brief_training_on_the_digits_sees_the_loss_fall(tmp_path: Path) -> None
     assert training.losses[1] < training.losses[0] - 0.2
 
 
+@pytest.mark.slow
 def test_seed_decides(settings: Settings, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         finetune_digits.finetune(replace(settings, out=tmp_path / f"{name}.safetensors", seed=seed, epochs=1))
@@ -200,6 +203,7 @@ def test_seed_decides(settings: Settings, tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.mark.slow
 def test_half_stores_fp16(settings: Settings) -> None:
     finetune_digits.finetune(replace(settings, half=True, epochs=1))
     kinds = {tensor.dtype for tensor in load_file(settings.out).values()}
@@ -276,6 +280,7 @@ def finish(training: Training) -> Training:
     return training
 
 
+@pytest.mark.slow
 def test_resumed_at_any_step_equals_uninterrupted(settings: Settings, tmp_path: Path) -> None:
     whole = finish(Training(settings, part_of(settings), 2))
     for stop in (1, whole.steps // 2, len(whole.plan()), whole.steps):
@@ -300,6 +305,7 @@ def start(settings: Settings) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again(settings: Settings, tmp_path: Path) -> None:
     settings = replace(settings, epochs=4)
     whole = start(replace(settings, out=tmp_path / "whole.safetensors"))
@@ -331,6 +337,7 @@ def kill_after_a_save(process: subprocess.Popen[str], file: Path) -> None:
     assert process.returncode == -signal.SIGKILL, "it had not ended yet"
 
 
+@pytest.mark.slow
 def test_resuming_another_run_is_refused(settings: Settings) -> None:
     training = Training(settings, part_of(settings), 2)
     next(training.run_epoch())
@@ -471,6 +478,7 @@ def test_defaults_on_the_command_line_are_those_of_the_settings(tmp_path: Path) 
 # The trained checkpoint
 
 
+@pytest.mark.slow
 def test_trained_checkpoint_knows_the_held_out_digits() -> None:
     images, labels = digits.held_out()
     logits = finetune_digits.predict(TRAINED, Part(ArrayPictures("digits", images), labels, ()))

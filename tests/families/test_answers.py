@@ -101,6 +101,7 @@ def test_labels_of_a_sigmoid_are_refused(networks: Path) -> None:
         load_model(model=f"{networks}:sigmoid", image_size=32, labels=LABELS)
 
 
+@pytest.mark.slow
 def test_core_ml_classifier_takes_probabilities_as_they_are(networks: Path, tmp_path: Path) -> None:
     model = load_model(model=f"{networks}:softmax", image_size=32, labels=LABELS)
     (result,) = export(model, to="coreml", precision="fp32", out=tmp_path)
@@ -117,6 +118,7 @@ def test_core_ml_classifier_takes_probabilities_as_they_are(networks: Path, tmp_
         check_classifier({**given, "odds": dict(zip(LABELS, twice.tolist(), strict=True))}, artifact.manifest)
 
 
+@pytest.mark.slow
 def test_accuracy_does_not_take_a_softmax_twice(networks: Path, tmp_path: Path) -> None:
     """The same network with and without its softmax: the same confidence, and the same KL of nothing."""
     pictures = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
@@ -129,6 +131,7 @@ def test_accuracy_does_not_take_a_softmax_twice(networks: Path, tmp_path: Path) 
     assert rows["softmax"]["mean_kl"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_manifest_records_what_the_scores_are(networks: Path, tmp_path: Path) -> None:
     (result,) = export(load_model(model=f"{networks}:softmax", image_size=32), to="onnx", out=tmp_path)
     data = json.loads((result.artifact.path / MANIFEST).read_text())

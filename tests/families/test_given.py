@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mvit_export import export, load_model, verify
 from mvit_export.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 class Tint(nn.Module):
     def __init__(self, gain: float = 1.0) -> None:

@@ -56,6 +56,7 @@ def two_sets(tmp_path: Path) -> Path:
     return tmp_path / "w.pt"
 
 
+@pytest.mark.slow
 def test_the_set_that_was_read_is_read_again(two_sets: Path) -> None:
     averaged, trained = (load_model(weights=two_sets, image_size=32, ema=ema) for ema in (True, False))
     assert averaged.weights.state_sha256 != trained.weights.state_sha256
@@ -82,6 +83,7 @@ def test_without_a_choice_the_manifest_is_as_it_was() -> None:
     assert "ema" not in manifest_of(load_model("xxs", image_size=32)).to_json()["weights"]
 
 
+@pytest.mark.slow
 def test_no_ema_of_the_command(cli: Callable[..., Finished], two_sets: Path, tmp_path: Path) -> None:
     options = ("--to", "onnx", "--weights", two_sets, "--image-size", "32", "--no-verify")
     done = cli(*options, "--no-ema", "--out", tmp_path, "--json")

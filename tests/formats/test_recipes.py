@@ -226,6 +226,7 @@ def test_calibration_for_a_precision_without_it_is_refused(cli, tmp_path):
     assert done.code == 2 and "--calibration is for precisions that lose bits" in done.err
 
 
+@pytest.mark.slow
 def test_manifest_keeps_recipe_and_calibration(cli, tmp_path):
     np.savez(tmp_path / "data.npz", images=np.random.default_rng(1).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8))
     done = export_int8(cli, tmp_path / "out", "--calibration", tmp_path / "data.npz", "--recipe", "fast")
@@ -237,6 +238,7 @@ def test_manifest_keeps_recipe_and_calibration(cli, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_skipped_pictures_are_told_to_the_user(cli, tmp_path):
     for seed in range(9):
         save(tmp_path / "data" / f"{seed}.png", seed)
@@ -245,6 +247,7 @@ def test_skipped_pictures_are_told_to_the_user(cli, tmp_path):
     assert "1 unreadable pictures were left out, the first:" in done.out and "broken.png" in done.out
 
 
+@pytest.mark.slow
 def test_few_bit_weights_are_checked_on_the_pictures_that_are_given(cli, tmp_path):
     for seed in range(9):
         save(tmp_path / "data" / f"{seed}.png", seed)

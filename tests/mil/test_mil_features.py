@@ -131,6 +131,7 @@ def test_range_of_shapes(tmp_path: Path) -> None:
         program(image=np.zeros((5, 3, 16, 24), np.float32))
 
 
+@pytest.mark.slow
 def test_several_functions(tmp_path: Path) -> None:
     """Two networks that share a file: weights are stored once, each function runs on its own."""
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ import mvit_export.mil as mil
 from mvit_export.mil import Program, load
 from mvit_export.mil.modules import traced_path
 
+pytestmark = pytest.mark.slow
+
 slow = pytest.mark.slow
 
 

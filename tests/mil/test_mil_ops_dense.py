@@ -29,6 +29,7 @@ def torch_pad(x: np.ndarray, pad: list[int], value: float = 0.0) -> torch.Tensor
     return F.pad(t(x), [n for pair in reversed(pairs) for n in pair], value=value)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), nd=st.integers(1, 3), groups=st.sampled_from([1, 2, 4]), bias=st.booleans())
 def test_conv_custom_padding(data: st.DataObject, nd: int, groups: int, bias: bool) -> None:

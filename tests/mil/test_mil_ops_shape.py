@@ -67,6 +67,7 @@ def test_transpose(perm: list[int]) -> None:
     check(lambda x: mb.transpose(x=x, perm=perm), {"x": X}, X.transpose(perm))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), shape=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_slice_by_index(data: st.DataObject, shape: list[int]) -> None:

@@ -18,6 +18,7 @@ def norms(module: nn.Module) -> int:
     return sum(isinstance(layer, nn.BatchNorm2d) for layer in module.modules())
 
 
+@pytest.mark.slow
 def test_every_norm_of_mobilevit_is_folded() -> None:
     model = tiny().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -27,6 +27,8 @@ from mvit_export.data.preprocessing import DEFAULT_PREPROCESSING
 from mvit_export.families.mobilevit.network import create_mobilevit
 from mvit_export.families.mobilevit.weights import save_weights
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("huggingface_hub", reason="the hub client needs huggingface_hub")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLD_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"

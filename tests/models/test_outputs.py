@@ -45,6 +45,7 @@ def test_an_earlier_artifact_keeps_its_names() -> None:
     assert list(name_outputs({"cls-logits": ONE}, ["cls-logits"])) == ["cls-logits"]
 
 
+@pytest.mark.slow
 def test_every_format_takes_the_names(tmp_path: Path) -> None:
     model = load_model(model=f"{OUTS}:named", image_size=32)
     assert model.output_names == ("cls_logits", "output_0", "output_state")
@@ -77,6 +78,7 @@ def test_the_name_of_the_input_is_refused() -> None:
 # Types and structures
 
 
+@pytest.mark.slow
 def test_other_types_are_cast_and_said(tmp_path: Path) -> None:
     model = load_model(model=f"{OUTS}:precise", image_size=32)
     assert model.notes == (
@@ -90,6 +92,7 @@ def test_other_types_are_cast_and_said(tmp_path: Path) -> None:
     assert {verdict.status for verdict in verify(tmp_path, against="golden")} == {"pass"}
 
 
+@pytest.mark.slow
 def test_a_dataclass_is_taken_by_its_names(tmp_path: Path) -> None:
     model = load_model(model=f"{OUTS}:record", image_size=32)
     assert model.output_names == ("scores",)

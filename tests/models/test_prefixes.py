@@ -53,6 +53,7 @@ def test_prefix_is_taken_off_and_said(prefix: str, tmp_path: Path) -> None:
 
 
 # torch's own warning, as it imports its compiler
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "wrap", [nn.DataParallel, torch.compile, lambda module: nn.DataParallel(torch.compile(module))]

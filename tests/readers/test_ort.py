@@ -17,6 +17,8 @@ from mvit_export.checks.parity import verify
 from mvit_export.errors import UsageError
 from mvit_export.readers.inspect import inspect_artifact
 
+pytestmark = pytest.mark.slow
+
 HARDWARE = {"ReorderInput", "ReorderOutput"}  # into and out of NCHWc, which x86 alone has
 
 

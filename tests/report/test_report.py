@@ -94,6 +94,7 @@ class Reader(HTMLParser):
 # The page
 
 
+@pytest.mark.slow
 def test_page_shows_every_verdict_with_its_figures(page: str) -> None:
     text = Reader(page).text
     assert "FAIL 1 of 7 parity checks failed" in text
@@ -310,6 +311,7 @@ def test_a_second_mode_is_drawn_however_far(place: Path) -> None:
     assert "latency (ms, log scale)" in text
 
 
+@pytest.mark.slow
 def test_a_log_axis_only_where_one_model_dwarfs_another(tmp_path: Path, page: str) -> None:
     assert "log scale" not in page
     for variant, median in (("xxs", 1.0), ("s", 300.0)):
@@ -335,6 +337,7 @@ def test_a_row_may_lack_all_but_its_median(place: Path) -> None:
     assert "| – |" in markdown(place)
 
 
+@pytest.mark.slow
 def test_thousands_of_rows_are_a_table_and_some_drawings(place: Path) -> None:
     rows = [report_data.timing(place, 10 + index / 100, threads=index % 7 + 1) for index in range(MOST_ROWS + 20)]
     report_data.store_latency(place, *rows)
@@ -444,6 +447,7 @@ def test_damaged_verdicts_are_no_verdicts(place: Path, changes: dict[str, Any], 
     assert found.status == "not-run"
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_refused(place: Path, cli: Cli) -> None:
     with (place / "mobilevit_xxs.onnx").open("r+b") as file:
         file.write(b"other")
@@ -586,6 +590,7 @@ def test_junit_is_valid_xml_whatever_the_reason_holds(place: Path) -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_report_writes_one_file_and_exits_0_whatever_it_says(showcase: Path, tmp_path: Path, cli: Cli) -> None:
     done = cli("report", showcase, cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
@@ -594,12 +599,14 @@ def test_report_writes_one_file_and_exits_0_whatever_it_says(showcase: Path, tmp
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_report_is_the_same_each_time(showcase: Path, tmp_path: Path, cli: Cli) -> None:
     for seed in ("1", "2"):
         assert cli("report", showcase, "-o", tmp_path / seed, env={"PYTHONHASHSEED": seed}).code == 0
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
+@pytest.mark.slow
 def test_markdown_and_junit_go_to_stdout(showcase: Path, tmp_path: Path, cli: Cli) -> None:
     done = cli("report", showcase, "--format", "markdown", "-q", cwd=tmp_path)
     assert (done.code, done.out, done.err) == (0, markdown(showcase), "")
@@ -614,6 +621,7 @@ def test_the_name_of_the_file_says_the_format(showcase: Path, tmp_path: Path, cl
     assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
 
 
+@pytest.mark.slow
 def test_json_counts_and_lists_what_was_not_run(showcase: Path, tmp_path: Path, cli: Cli) -> None:
     done = cli("report", showcase, "--json", cwd=tmp_path)
     assert done.code == 0
@@ -664,6 +672,7 @@ def test_a_report_never_overwrites_an_artifact(place: Path) -> None:
     assert not (place / "new.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib"])
 def test_html_without_its_packages_names_the_extra_and_markdown_does_without(showcase: Path, module: str) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -681,6 +690,7 @@ def test_html_without_its_packages_names_the_extra_and_markdown_does_without(sho
     assert run("report", str(showcase), "--format", "markdown").returncode == 0
 
 
+@pytest.mark.slow
 def test_report_reads_what_verify_writes(tiny_artifact: Callable[..., Path], tmp_path: Path, cli: Cli) -> None:
     place = tmp_path / "onnx-fp32"
     shutil.copytree(tiny_artifact("onnx"), place)

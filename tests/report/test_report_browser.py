@@ -20,7 +20,10 @@ from mvit_export import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FOUND = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(FOUND is None, reason="no Chromium on the PATH (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(FOUND is None, reason="no Chromium on the PATH (apt-get install chromium)"),
+]
 DARK = "--blink-settings=preferredColorScheme=0"
 Browse = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -43,6 +43,7 @@ def test_records_give_the_same_bytes(tmp_path: Path, name: str) -> None:
     assert (tmp_path / name).read_bytes() == stored
 
 
+@pytest.mark.slow
 def test_export_prints_and_stores_the_same(cli: Callable[..., Finished], tmp_path: Path) -> None:
     done = cli("export", "--to", "onnx", "--model", TINY, "--out", tmp_path, "--json")
     expected = {**golden("export.json"), "notes": []}

@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mvit_export.runner.run_onnxruntime import PRODUCT
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_VNNI = "Haswell"  # AVX2 alone
 IN_BOTH_READERS = """if True:
     import json, sys

@@ -166,6 +166,7 @@ def test_overwrite_replaces_everything(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x"]
 
 
+@pytest.mark.slow
 def test_readers_never_miss_or_mix_during_overwrites(tmp_path: Path) -> None:
     place = tmp_path / "x"
     write(place, "first")
@@ -210,6 +211,7 @@ def test_readers_never_miss_or_mix_during_overwrites(tmp_path: Path) -> None:
 # Kills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["new", "overwrite", "renames"])
 def test_kill_at_every_line(tmp_path: Path, mode: str) -> None:
     """A run that dies at any line leaves old or new, whole; the next run, of another target, clears what it left."""
@@ -230,6 +232,7 @@ def test_kill_at_every_line(tmp_path: Path, mode: str) -> None:
         assert death["left"] == ["tflite-fp32"] if death["after"] == "absent" else ["onnx-fp32", "tflite-fp32"]
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     place = tmp_path / "out" / "x"
     chance = random.Random(0)
@@ -260,6 +263,7 @@ def test_hidden_old_directory_comes_back_before_the_next_run_looks(tmp_path: Pat
 # Other runs
 
 
+@pytest.mark.slow
 def test_second_run_into_the_same_place_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "x"
     write(place, "old")
@@ -275,6 +279,7 @@ def test_second_run_into_the_same_place_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x"]
 
 
+@pytest.mark.slow
 def test_of_many_runs_at_once_one_wins(tmp_path: Path) -> None:
     place = tmp_path / "out" / "x"
     for number in range(3):

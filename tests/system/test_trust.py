@@ -12,6 +12,8 @@ from conftest import Finished
 
 from mvit_export.system import trust
 
+pytestmark = pytest.mark.slow
+
 FACTORY = """
 from pathlib import Path
 from torch import nn

@@ -54,6 +54,7 @@ def test_quiet_machine_settles_at_the_true_median_long_before_the_budget():
     assert len(series.samples) == sum(map(len, series.rounds))
 
 
+@pytest.mark.slow
 def test_ratio_holds_on_a_machine_whose_speed_swings_threefold():
     def load(now: float) -> float:
         return 2 + np.sin(now / 3)
@@ -115,6 +116,7 @@ def test_order_turns_round_so_that_neither_always_goes_first():
     assert sampled == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
 
 
+@pytest.mark.slow
 def test_interval_covers_the_true_median_as_often_as_it_claims():
     rng = np.random.default_rng(1)
     hits = 0

@@ -52,6 +52,7 @@ def test_names_go_back_and_forth(variant: str, family: str) -> None:
     assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["timm", "hf"])
 @pytest.mark.parametrize("variant", ["xs", "s"])
 def test_peers_networks_have_our_logits(variant: str, family: str, tmp_path: Path) -> None:
@@ -107,6 +108,7 @@ def swap_classes(folder: Path) -> None:
     file.write_bytes(file.read_bytes().replace(old, new))
 
 
+@pytest.mark.slow
 def test_a_peers_file_is_proven_as_ours_is(wrapped, bare: Path) -> None:
     file = wrapped("peer")
     assert (file.status, file.reason) == ("pass", "")
@@ -134,6 +136,7 @@ def bench_row(path: str, threads: int, ms: float) -> Measurement:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_wrong_weight_is_found_and_not_timed(wrapped, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = wrapped("right"), wrapped("wrong", swap_classes)
     assert wrong.status == "fail" and "max error" in wrong.reason
@@ -150,6 +153,7 @@ def test_a_file_that_the_runtime_rejects_fails(wrapped) -> None:
     assert file.status == "fail" and "is rejected by ONNX Runtime" in file.reason
 
 
+@pytest.mark.slow
 def test_files_of_an_earlier_run_are_judged_again(wrapped, tmp_path: Path) -> None:
     record = tmp_path / "onnx.json"
     rows = [asdict(wrapped("kept")) | {"status": "fail"}, asdict(File("tiny", "onnx", "none", False, reason="gone"))]
@@ -176,6 +180,7 @@ def test_a_missing_library_is_not_run(
     assert (timing.status, timing.reason) == (file.status, file.reason)
 
 
+@pytest.mark.slow
 def test_a_missing_exporter_is_not_run(source: Source, tmp_path: Path, tiny_artifact: Callable[..., Path]) -> None:
     python = tmp_path / "python"  # of an environment that has no onnx2tf
     python.write_text("#!/bin/sh\nexit 1\n")
@@ -235,6 +240,7 @@ def test_the_default_form_is_the_commands_own(monkeypatch: pytest.MonkeyPatch, s
 # What it costs
 
 
+@pytest.mark.slow
 def test_cost_is_that_of_the_command_alone() -> None:
     ballast = bytearray(200_000_000)  # of this process, which must not count
     small = cost_of([sys.executable, "-c", "print('said')"])

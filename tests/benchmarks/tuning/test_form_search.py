@@ -26,6 +26,8 @@ from mvit_export.formats.table import FORMATS
 from mvit_export.results.latency import LatencyReport, Measurement, Ratio
 from mvit_export.system import staging
 
+pytestmark = pytest.mark.slow
+
 OWN, OTHER = FORMATS["onnx"].forms
 FASTER, SLOWER, SAME = (0.8, 0.75, 0.85), (1.2, 1.1, 1.3), (0.97, 0.93, 1.01)
 ENVIRONMENT = {"cpu": "a core", "cores": 2, "system": "Linux", "machine": "aarch64", "device": "local"}

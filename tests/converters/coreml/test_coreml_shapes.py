@@ -33,6 +33,8 @@ from mvit_export.families.mobilevit.forms.flexible import (
 from mvit_export.families.mobilevit.network import create_mobilevit
 from mvit_export.formats.targets import check_size_count, plan_targets
 
+pytestmark = pytest.mark.slow
+
 # The tiny network's last maps are 2x2, 3x3 (resized to 4x4), 5x3 (to 6x4) and 2x2; 144x96 and 60x52 also resize an
 # earlier map, 9x6 and 8x7.
 SIZES = ("64", "80", "144x96", "60x52")

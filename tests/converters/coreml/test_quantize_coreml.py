@@ -25,6 +25,8 @@ from mvit_export.mil.listing import Operation, list_operations
 from mvit_export.mil.package import read_package
 from mvit_export.readers.coreml import open_mil
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 TRAINED = ROOT / "examples/digits_xxs.safetensors"
 WEIGHTS = 52  # of the tiny network: 35 convolutions and 17 linears

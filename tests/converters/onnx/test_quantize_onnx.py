@@ -34,6 +34,8 @@ from mvit_export.errors import ConversionError, UsageError
 from mvit_export.formats.targets import find_recipe, plan_targets
 from mvit_export.readers.onnx import onnx_modules
 
+pytestmark = pytest.mark.slow
+
 TINY_ENCODERS = 4
 TINY_LINEARS = 4 * TINY_ENCODERS + 1  # qkv, proj, expand, reduce in each; the classifier
 STATIC_CONVS = 6  # local and fuse in three blocks; the stem stays float

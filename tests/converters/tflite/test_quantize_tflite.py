@@ -32,6 +32,8 @@ from mvit_export.readers.inspect import inspect_path
 from mvit_export.readers.tflite import open_tflite
 from mvit_export.readers.tflite_graph import WEIGHTED, Graph, read_graph
 
+pytestmark = pytest.mark.slow
+
 ACCURATE, FAST, SMALL = (TFLITE.recipes[name] for name in ("accurate", "fast", "small"))
 Quantize = Callable[..., Path]
 

@@ -37,6 +37,8 @@ from mvit_export.mil.package import read_package
 from mvit_export.models.fold import fold_batch_norms
 from mvit_export.readers.tflite_graph import Graph, read_graph
 
+pytestmark = pytest.mark.slow
+
 Exported = Callable[..., Path]
 Shape = tuple[int | None, ...]
 ENCODERS, NORMS, BLOCKS = 4, 11, 3

@@ -32,6 +32,8 @@ from mvit_export.models.fold import fold_batch_norms
 from mvit_export.readers.inspect import inspect_artifact
 from mvit_export.runner.profile_ops import profile_tflite
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [(fmt.name, form) for fmt in FORMATS.values() for form in fmt.forms if form != PLAIN]
 KEYS = pytest.mark.parametrize("key", PAIRS, ids="-".join)
 

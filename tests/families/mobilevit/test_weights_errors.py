@@ -290,6 +290,7 @@ def assert_says(message: str, fragments: list[str]) -> None:
     assert re.search(".*".join(map(re.escape, fragments)), message), message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_bad_file(name: str, suffix: str, tmp_path: Path) -> None:
@@ -307,6 +308,7 @@ def test_bad_file(name: str, suffix: str, tmp_path: Path) -> None:
     assert not MARK.exists()
 
 
+@pytest.mark.slow
 def test_sound_states_of_the_table_load(tmp_path: Path) -> None:
     """The rows above fail for the fault that they name, not for something else."""
     for family in ("mvit-export", "ml-cvnets", "hf", "timm"):
@@ -397,6 +399,7 @@ def write_json(file: Path, content: object) -> None:
         file.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_bad_hf_folder(name: str, tmp_path: Path) -> None:
     config, processor, fragments = FOLDERS[name]

@@ -72,6 +72,7 @@ def assert_same_logits(model: MobileViT, oracle: torch.nn.Module, size: tuple[in
     assert (got - want).abs().max() <= TOLERANCE * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_hf_folder(variant: str, tmp_path: Path) -> None:
     oracle = hf_model(variant)
@@ -83,6 +84,7 @@ def test_hf_folder(variant: str, tmp_path: Path) -> None:
         assert_same_logits(network(loaded), oracle, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_timm_file(variant: str, tmp_path: Path) -> None:
     oracle = timm_model(variant)
@@ -229,6 +231,7 @@ def test_oracles_have_exactly_the_names_of_the_table() -> None:
         assert timm_model(variant).state_dict().keys() == expected_tensors("timm", config).keys()
 
 
+@pytest.mark.slow
 def test_every_weight_matters() -> None:
     """Each tensor, changed a little, moves the logits: so no comparison above can pass with one of them ignored."""
     model = randomize(create_mobilevit("xxs", num_classes=10))
