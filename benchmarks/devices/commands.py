@@ -46,7 +46,7 @@ def read_to_end(
     most: int = MOST_OUTPUT,
     watch: Callable[[], None] = lambda: None,
 ) -> tuple[bytes, bytes]:
-    """stdout and stderr of a process until it ends; `communicate` with a limit. `watch` is called once a second or more.
+    """stdout and stderr of a process until it ends: `communicate` with a limit. `watch` is called in between, often.
 
     Raises subprocess.TimeoutExpired, and DeviceError if one of them is longer than `most` bytes.
     """
