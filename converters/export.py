@@ -253,7 +253,7 @@ class Convert:
 
     def __call__(self) -> str:
         converter = importlib.import_module(self.conversion.target.row.converter)
-        with conversion_errors(self.conversion.target), no_collection():
+        with conversion_errors(self.conversion), no_collection():
             capture: str = converter.convert(self.conversion, self.file)
         return capture
 
@@ -314,8 +314,8 @@ def write_artifact(conversion: Conversion, place: Path, *, overwrite: bool) -> W
 
 
 @contextmanager
-def conversion_errors(target: Target) -> Iterator[None]:
-    """One line for whatever a converter raises."""
+def conversion_errors(conversion: Conversion) -> Iterator[None]:
+    """One line for whatever a converter raises. It may be the form that the converter cannot take."""
     try:
         yield
     except MvitExportError:
@@ -323,5 +323,7 @@ def conversion_errors(target: Target) -> Iterator[None]:
     except Exception as error:
         if limit := find_limit(error):
             raise limit from error
+        target, formed = conversion.target, conversion.form != PLAIN and conversion.target.precision in FULL
         what = f"{target.row.title} {target.precision}: the converter failed"
-        raise ConversionError(f"{what}: {explain(error)}; -v shows more") from error
+        hint = f"; it may take --form {PLAIN}, this was {conversion.form}" if formed else ""
+        raise ConversionError(f"{what}: {explain(error)}{hint}; -v shows more") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +47,25 @@ def test_the_reason_and_the_place(name: str, fmt: str, what: str, tmp_path: Path
     with pytest.raises(ConversionError) as caught:
         export(model, to=fmt, out=tmp_path)
     assert str(caught.value) == f"{what}, {place(name)}; -v shows more"
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({}, "; it may take --form plain, this was patches"),
+        ({"form": "plain"}, ""),
+        ({"precision": "int8-weight"}, ""),  # which has no other form
+    ],
+)
+def test_another_form_is_named_where_there_is_one(
+    options: dict[str, str], hint: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: Any, **__: Any) -> None:
+        raise RuntimeError("invalid output rank")
+
+    monkeypatch.setattr("litert_torch.convert", give_up)
+    with pytest.raises(ConversionError) as caught:
+        export(tiny_model, to="tflite", out=tmp_path, **options)
+    message = str(caught.value)
+    assert "the converter failed: invalid output rank" in message
+    assert message.endswith(f"{hint}; -v shows more") and ("--form" in message) == bool(hint)
