@@ -67,7 +67,6 @@ def flip(file: Path, seed: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["onnx", "tflite"])
 @pytest.mark.parametrize("seed", range(6))
 def test_bits_that_flipped(fmt: str, seed: int, cli: Cli, copy: Callable[..., Path]) -> None:

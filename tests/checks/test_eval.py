@@ -189,7 +189,6 @@ def done(cli: Cli, artifacts: Path, npz: Path) -> Any:
     return cli("eval", artifacts, "--data", npz, "--json", "--jobs", "2")
 
 
-@pytest.mark.slow
 def test_all_formats_are_scored_like_pytorch(done: Any, npz: Path, tiny_model: Any) -> None:
     assert done.code == 0, done.err
     images, labels = digits()
@@ -220,7 +219,6 @@ def test_accuracy_is_kept_in_the_artifact(done: Any, artifacts: Path) -> None:
     assert stored["environment"]["data"]["images"] == 100
 
 
-@pytest.mark.slow
 def test_one_process_and_several_give_the_same(done: Any, artifacts: Path, npz: Path) -> None:
     again = evaluate(artifacts, data=npz)
     for one, other in zip(again["results"], done.json["results"], strict=True):
@@ -229,7 +227,6 @@ def test_one_process_and_several_give_the_same(done: Any, artifacts: Path, npz: 
     assert again["environment"]["data"]["sha256"] == done.json["environment"]["data"]["sha256"]
 
 
-@pytest.mark.slow
 def test_files_are_resized_and_cropped_as_the_checkpoint_wants(
     artifacts: Path, folder: Path, tmp_path: Path, tiny_model: Any
 ) -> None:
@@ -243,7 +240,6 @@ def test_files_are_resized_and_cropped_as_the_checkpoint_wants(
     assert found["environment"]["data"]["classes"] == 10
 
 
-@pytest.mark.slow
 def test_the_hash_tells_other_pictures_and_other_labels(artifacts: Path, tmp_path: Path) -> None:
     images, labels = digits()
     other = images.copy()
@@ -286,7 +282,6 @@ def test_a_batch_is_filled_and_the_filling_not_counted(tmp_path: Path, npz: Path
     assert row["images"] == 20 and row["agreement"] == 1.0
 
 
-@pytest.mark.slow
 def test_people_read_the_figures(cli: Cli, artifacts: Path, npz: Path) -> None:
     found = cli("eval", artifacts / "onnx-fp32", "--data", npz, "--limit", "20", "--max-drop", "0")
     assert found.code == 0, found.err
@@ -308,7 +303,6 @@ def shift_classes(place: Path) -> None:
     rehash(place)
 
 
-@pytest.mark.slow
 def test_a_damaged_file_fails_the_gate_and_is_flagged(cli: Cli, copy: Copy, npz: Path, tiny_model: Any) -> None:
     place = copy("onnx", "fp32")
     shift_classes(place)
@@ -435,7 +429,6 @@ def test_an_index_beyond_the_names_of_the_data(copy: Copy) -> None:
         find_outputs(named(("digit 1", "digit 2"), [3]), labelled(copy))
 
 
-@pytest.mark.slow
 def test_unreadable_pictures_are_named_counted_and_left_out(
     cli: Cli, artifacts: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -583,7 +576,6 @@ def state(pid: int) -> str:
         return "gone"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the children are found by procps' ps")
 def test_an_interrupt_ends_every_process(artifacts: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4000, 64, 64, 3), dtype=np.uint8)
@@ -609,7 +601,6 @@ def test_an_interrupt_ends_every_process(artifacts: Path, tmp_path: Path) -> Non
 # The report
 
 
-@pytest.mark.slow
 def test_the_report_shows_accuracy(cli: Cli, artifacts: Path, npz: Path) -> None:
     done = cli("eval", artifacts, "--data", npz, "--json")  # anew: other tests score these artifacts on other pictures
     rows = {row["format"]: row for row in done.json["results"]}

@@ -48,7 +48,6 @@ def test_tiny_passes(tiny_artifact: Callable[..., Path], fmt: str, precision: st
     assert verdict.inputs == 9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "precision"), [("xs", "fp16"), ("s", "fp32")])
 def test_variants_pass_in_every_format(variant: str, precision: str, tmp_path: Path) -> None:
     """Random statistics and biases, so that nothing that is dropped goes unnoticed; saved and loaded on the way."""
@@ -64,7 +63,6 @@ def test_variants_pass_in_every_format(variant: str, precision: str, tmp_path: P
         check(result, precision)
 
 
-@pytest.mark.slow
 def test_demo_command(tmp_path: Path) -> None:
     """The README's two commands, from the start."""
     made = run_module("--to", "all", "--variant", "xxs", cwd=tmp_path)
@@ -98,7 +96,6 @@ def run_tflite(file: Path, array: np.ndarray) -> np.ndarray:
 BY_HAND = {"onnx": run_onnx, "tflite": run_tflite}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("input", "fmt"), [("tensor", "onnx"), ("image", "tflite")])
 def test_transformers_checkpoint_gives_transformers_logits(
     input: str, fmt: str, cli: Callable[..., Finished], tmp_path: Path
@@ -392,7 +389,6 @@ def test_example_script(tmp_path: Path) -> None:
     assert "onnx-fp32 pass" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "capture"),
     [("mobilenetv3_small_050", "torch.export"), ("swin_tiny_patch4_window7_224", "torch.jit.trace")],

@@ -278,7 +278,6 @@ def test_nested_blocks_are_read(nested: bool, tmp_path: Path) -> None:
     assert lint_of(build, tmp_path, X).macs == 8 * 8 * 128
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_tiny_model(precision: str, tiny_artifact: Callable[..., Path], tiny_model: Any) -> None:
     (report,) = inspect_path(tiny_artifact("coreml", precision))
@@ -321,7 +320,6 @@ def test_text(cli: Cli, tiny_artifact: Callable[..., Path]) -> None:
         assert "runs on" not in text.lower()
 
 
-@pytest.mark.slow
 def test_verbose_lists_every_op(cli: Cli, tiny_artifact: Callable[..., Path]) -> None:
     place = tiny_artifact("coreml", "fp32")
     (report,) = cli("inspect", place, "--json").json["artifacts"]

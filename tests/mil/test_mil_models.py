@@ -19,8 +19,6 @@ from mvit_export.mil.modules import traced_path
 
 pytestmark = pytest.mark.slow
 
-slow = pytest.mark.slow
-
 
 @pytest.fixture(scope="session")
 def xxs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
@@ -92,7 +90,6 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-@slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_timm_families(name: str, tmp_path: Path) -> None:
     way, size, fewer = FAMILIES[name]
@@ -155,7 +152,7 @@ def plain_logits(
 ) -> dict[ct.target, np.ndarray]:
     folder = tmp_path_factory.mktemp("plain")
     return {
-        target: load(saved(model, folder, f"{target.name}"))(image=photo(64).numpy())["logits"]
+        target: load(saved(model, folder, target.name))(image=photo(64).numpy())["logits"]
         for target, model in plain.items()
     }
 

@@ -222,7 +222,6 @@ def test_cache_serves_when_the_server_is_gone(cache: Path) -> None:
         assert not any(request.startswith("GET /owner/") for request in content.requests)
 
 
-@pytest.mark.slow
 def test_silent_server_with_a_cache(cache: Path) -> None:
     with serve(repository()) as endpoint:
         first = fetch(endpoint, cache)
@@ -260,7 +259,6 @@ def test_repository_without_usable_weights(cache: Path) -> None:
         assert "only sharded weights (model.safetensors.index.json)" in fetch(endpoint, cache)
 
 
-@pytest.mark.slow
 def test_broken_transfer_is_an_error_and_leaves_no_file(cache: Path) -> None:
     content = repository()
     content.cut = "model.safetensors"
@@ -318,7 +316,6 @@ def dripping() -> Iterator[str]:
             stop.set()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("server", [refusing, silent, dripping])
 def test_unreachable_hub_is_an_error_in_time_and_writes_nothing(server, cache: Path) -> None:
     with server() as endpoint:

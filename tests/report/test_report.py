@@ -690,7 +690,6 @@ def test_html_without_its_packages_names_the_extra_and_markdown_does_without(sho
     assert run("report", str(showcase), "--format", "markdown").returncode == 0
 
 
-@pytest.mark.slow
 def test_report_reads_what_verify_writes(tiny_artifact: Callable[..., Path], tmp_path: Path, cli: Cli) -> None:
     place = tmp_path / "onnx-fp32"
     shutil.copytree(tiny_artifact("onnx"), place)

@@ -122,7 +122,6 @@ def test_without_xnnpack_the_types_are_the_files(artifact: Callable[[str], Artif
     assert found == inspect_artifact(artifact("tflite"))["operators"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS["tflite"].forms)
 def test_forced_fp16_leaves_nothing_in_fp32(tiny_artifact: Callable[..., Path], form: str) -> None:
     """What follows an op without fp16 kernel XNNPACK leaves in fp32, and says nothing."""

@@ -388,7 +388,6 @@ def test_options_that_exclude_each_other(options: dict[str, Any]) -> None:
         BenchmarkOptions(**options)
 
 
-@pytest.mark.slow
 def test_benchmark(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     with Adb(SERIAL) as device:
         result = benchmark(device, artifact, BenchmarkOptions(threads=2), binary=binary, rounds=2, runs_per_round=20)
@@ -402,7 +401,6 @@ def test_benchmark(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     assert len(starts) == 2 and all("--num_threads=2" in start and "--num_runs=20" in start for start in starts)
 
 
-@pytest.mark.slow
 def test_two_models_and_options_take_turns_on_one_tool(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     """As a comparison does; two precisions of a model have one file name, and must not become one file."""
     with Adb(SERIAL) as device:
@@ -414,7 +412,6 @@ def test_two_models_and_options_take_turns_on_one_tool(phone: FakePhone, binary:
     assert len([call for call in phone.calls if "push" in call]) == 3
 
 
-@pytest.mark.slow
 def test_gpu(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     gpu = BenchmarkOptions(gpu=True)
     with Adb(SERIAL) as device:
@@ -435,7 +432,6 @@ def test_gpu(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
             model.measure(gpu, runs=2)
 
 
-@pytest.mark.slow
 def test_nnapi_that_falls_back(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     message = (
         r"^NNAPI was asked for, but .*: INFO: Though NNAPI delegate is explicitly applied, the model graph will not"
@@ -444,7 +440,6 @@ def test_nnapi_that_falls_back(phone: FakePhone, binary: Path, artifact: Artifac
         benchmark(device, artifact, BenchmarkOptions(nnapi=True), binary=binary)
 
 
-@pytest.mark.slow
 def test_flag_that_the_tool_does_not_know(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     """The stand-in has no XNNPACK fp16; the real tool goes on in fp32 with a warning."""
     message = r"^this benchmark_model does not know --xnnpack_force_fp16=true: it was built without that part"
@@ -452,7 +447,6 @@ def test_flag_that_the_tool_does_not_know(phone: FakePhone, binary: Path, artifa
         benchmark(device, artifact, BenchmarkOptions(fp16=True), binary=binary)
 
 
-@pytest.mark.slow
 def test_file_that_the_tool_rejects(phone: FakePhone, binary: Path, artifact: Artifact, tmp_path: Path) -> None:
     model = replace(artifact.manifest.model, name="broken")
     damaged = Artifact(tmp_path, replace(artifact.manifest, model=model))
@@ -463,7 +457,6 @@ def test_file_that_the_tool_rejects(phone: FakePhone, binary: Path, artifact: Ar
     assert "INFO: STARTING!" in str(caught.value.__cause__)
 
 
-@pytest.mark.slow
 def test_tool_that_hangs(phone: FakePhone, binary: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvit_export.benchmarks.devices.benchmark_model.LOAD_SECONDS", 3.0)
     phone.set(fault="hang")
@@ -489,7 +482,6 @@ def test_no_sample_of_a_round_is_lost() -> None:
 # Parity
 
 
-@pytest.mark.slow
 def test_one_model_run(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     array = next(iter(load_golden(artifact).values()))["image"]
     with Adb(SERIAL) as device:
@@ -499,7 +491,6 @@ def test_one_model_run(phone: FakePhone, binary: Path, artifact: Artifact) -> No
     np.testing.assert_array_equal(outputs["logits"], expected["logits"])
 
 
-@pytest.mark.slow
 def test_verify_on_the_phone(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     """The session passes parity's own comparison, and fails it when the phone computes something else."""
     pairs = [Pair(case, tensors.pop("image"), tensors) for case, tensors in load_golden(artifact).items()]
@@ -519,7 +510,6 @@ def test_verify_on_the_phone(phone: FakePhone, binary: Path, artifact: Artifact)
     assert phone.left == []
 
 
-@pytest.mark.slow
 def test_device_lost_in_a_comparison_is_no_verdict(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     pairs = [Pair(case, tensors.pop("image"), tensors) for case, tensors in load_golden(artifact).items()]
     with pytest.raises(DeviceError, match="was lost"), Adb(SERIAL) as device:
@@ -528,7 +518,6 @@ def test_device_lost_in_a_comparison_is_no_verdict(phone: FakePhone, binary: Pat
         run_cases(artifact.manifest, session.run, pairs)
 
 
-@pytest.mark.slow
 def test_two_models_of_one_name_stay_apart(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     (setting,) = plan_settings([artifact])
     with (
@@ -556,7 +545,6 @@ def test_formats_that_a_phone_does_not_read(phone: FakePhone, binary: Path, arti
         open_session(other, BenchmarkTool(device, binary))
 
 
-@pytest.mark.slow
 def test_delegate_missing_is_known_before_a_comparison(phone: FakePhone, binary: Path, artifact: Artifact) -> None:
     phone.set(gpu="none")
     with pytest.raises(RuntimeUnavailable, match="GPU was asked for"), Adb(SERIAL) as device:

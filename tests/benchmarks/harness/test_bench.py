@@ -60,7 +60,6 @@ def measured(cli, artifacts):
     return cli("bench", artifacts, "--threads", "1,2", "--budget", "1", "--json")
 
 
-@pytest.mark.slow
 def test_every_artifact_and_thread_count_is_measured(measured, artifacts):
     rows = measured.json["results"]
     assert measured.code == 0, measured.err
@@ -93,14 +92,12 @@ def test_rows_are_kept_in_the_artifact(measured, artifacts):
     assert stored["environment"]["cpu"] == measured.json["environment"]["cpu"]
 
 
-@pytest.mark.slow
 def test_people_read_medians_with_intervals(cli, artifacts):
     done = cli("bench", artifacts / "onnx-fp32", *QUICK)
     assert done.code == 0, done.err
     assert "median" in done.out and "ms [" in done.out and "1x3x64x64, 1 thread, onnxruntime" in done.out
 
 
-@pytest.mark.slow
 def test_core_ml_latency_is_not_run_off_macos(cli, tiny_artifact, tmp_path):
     if sys.platform == "darwin":
         pytest.skip("Core ML runs here")
@@ -112,13 +109,11 @@ def test_core_ml_latency_is_not_run_off_macos(cli, tiny_artifact, tmp_path):
     assert row["median_ms"] is None and row["samples_ms"] == []
 
 
-@pytest.mark.slow
 def test_pytorch_is_measured_once_for_all_files_of_a_model(cli, artifacts):
     done = cli("bench", artifacts, "--runtime", "pytorch,onnxruntime,litert", "--json", *QUICK)
     assert [row["runtime"].split()[0] for row in done.json["results"]] == ["torch", "onnxruntime", "ai-edge-litert"]
 
 
-@pytest.mark.slow
 def test_litert_without_xnnpack_runs_other_kernels(cli, artifacts):
     done = cli("bench", artifacts / "tflite-fp32", "--runtime", "litert,litert:builtin", "--json", *QUICK)
     names = [row["runtime"] for row in done.json["results"]]
@@ -173,7 +168,6 @@ def test_runner_lets_no_runtime_report_or_leave_files(artifacts, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_bench_leaves_no_record(cli, artifacts, tmp_path, how):
     place = shutil.copytree(artifacts / "onnx-fp32", tmp_path / "onnx-fp32")
@@ -201,7 +195,6 @@ def test_too_many_threads_are_refused_before_anything_is_measured(monkeypatch, a
         bench_module.run_bench([artifacts], threads=[1, 99])
 
 
-@pytest.mark.slow
 def test_artifact_given_twice_is_measured_once(cli, artifacts):
     place = artifacts / "onnx-fp32"
     done = cli("bench", place, artifacts / "." / ".." / artifacts.name / "onnx-fp32", "--json", *QUICK)
@@ -233,7 +226,6 @@ def test_model_that_fails_while_it_runs_is_an_error_in_one_line(artifacts):
         bench_module.Bench(device, bench_module.Options(roofline=False)).run([other])
 
 
-@pytest.mark.slow
 def test_peak_that_cannot_be_had_does_not_lose_the_figures(monkeypatch, artifacts):
     def fail(*_):
         raise RunError("out of memory")
@@ -389,7 +381,6 @@ def test_ort_file_is_no_slower_onnx_file(report):
     assert "no such row" in baseline.judge(read(report)).results[0].baseline.reason
 
 
-@pytest.mark.slow
 def test_baseline_through_the_command(cli, artifacts, report, tmp_path):
     file = tmp_path / "fast.json"
     file.write_text(json.dumps(slower(report, 0.01)))
@@ -400,7 +391,6 @@ def test_baseline_through_the_command(cli, artifacts, report, tmp_path):
     assert "FAIL" in done.out and "times the baseline in CPU time, more than 1.1" in done.out
 
 
-@pytest.mark.slow
 def test_artifact_as_baseline_is_measured_beside(cli, artifacts):
     done = cli(
         "bench", artifacts / "tflite-fp32", "--baseline", artifacts / "onnx-fp32", "--max-slowdown", "900%", "--json",
@@ -415,7 +405,6 @@ def test_artifact_as_baseline_is_measured_beside(cli, artifacts):
     )
 
 
-@pytest.mark.slow
 def test_file_of_fewer_bits_that_is_slower_is_flagged(monkeypatch, artifacts):
     """Two settings of one model, the second called fp16 and made slow."""
 
@@ -554,7 +543,6 @@ def test_runner_ends_with_its_input():
     assert subprocess.run(RUNNER, input=b"", timeout=60, check=True).returncode == 0
 
 
-@pytest.mark.slow
 def test_forced_fp16_rounds_sums_that_fp32_does_not(artifacts):
     model = str(read_artifact(artifacts / "tflite-fp32").model_path)
     array = np.random.default_rng(0).standard_normal((1, 3, 64, 64), dtype=np.float32)
@@ -567,7 +555,6 @@ def test_forced_fp16_rounds_sums_that_fp32_does_not(artifacts):
     assert 1e-5 < error < 2e-2
 
 
-@pytest.mark.slow
 def test_profile_names_op_types(cli, artifacts):
     done = cli("bench", artifacts, "--profile", "--json", *QUICK)
     for row, types in zip(done.json["results"], ({"Conv", "Softmax"}, {"Softmax (NC, F32)"}), strict=True):
@@ -671,7 +658,6 @@ void tflite_plugin_destroy_delegate(void *delegate) {}
 """
 
 
-@pytest.mark.slow
 def test_delegate_that_takes_no_op_is_an_error_not_a_cpu_run(cli, artifacts, tmp_path):
     compiler = shutil.which("cc")
     if compiler is None:

@@ -108,7 +108,6 @@ def swap_classes(folder: Path) -> None:
     file.write_bytes(file.read_bytes().replace(old, new))
 
 
-@pytest.mark.slow
 def test_a_peers_file_is_proven_as_ours_is(wrapped, bare: Path) -> None:
     file = wrapped("peer")
     assert (file.status, file.reason) == ("pass", "")
@@ -136,7 +135,6 @@ def bench_row(path: str, threads: int, ms: float) -> Measurement:
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_wrong_weight_is_found_and_not_timed(wrapped, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = wrapped("right"), wrapped("wrong", swap_classes)
     assert wrong.status == "fail" and "max error" in wrong.reason
@@ -153,7 +151,6 @@ def test_a_file_that_the_runtime_rejects_fails(wrapped) -> None:
     assert file.status == "fail" and "is rejected by ONNX Runtime" in file.reason
 
 
-@pytest.mark.slow
 def test_files_of_an_earlier_run_are_judged_again(wrapped, tmp_path: Path) -> None:
     record = tmp_path / "onnx.json"
     rows = [asdict(wrapped("kept")) | {"status": "fail"}, asdict(File("tiny", "onnx", "none", False, reason="gone"))]
@@ -180,7 +177,6 @@ def test_a_missing_library_is_not_run(
     assert (timing.status, timing.reason) == (file.status, file.reason)
 
 
-@pytest.mark.slow
 def test_a_missing_exporter_is_not_run(source: Source, tmp_path: Path, tiny_artifact: Callable[..., Path]) -> None:
     python = tmp_path / "python"  # of an environment that has no onnx2tf
     python.write_text("#!/bin/sh\nexit 1\n")

@@ -18,7 +18,6 @@ def run(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
 
-@pytest.mark.slow
 def test_each_clean_up_leaves_another_file(
     tiny_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,7 +61,6 @@ def search(tiny_artifact, tmp_path) -> Search:
     return Search(base, tmp_path / "data", tmp_path / "calibration", max_drop=1.0, folder=tmp_path / "tune")
 
 
-@pytest.mark.slow
 def test_best_recipe_keeps_the_drop_and_is_the_cheapest_that_does(search):
     outcomes, errors = tune(search, run=Commands())
     assert not errors
@@ -85,7 +84,6 @@ def test_front_is_what_no_other_beats(search):
     assert all(o.recipe.name in (search.folder / "front.md").read_text() for o in outcomes)
 
 
-@pytest.mark.slow
 def test_search_that_was_stopped_goes_on_without_repeating(search):
     class Stops(Commands):
         def bench(self, arguments):
@@ -103,7 +101,6 @@ def test_search_that_was_stopped_goes_on_without_repeating(search):
     assert len(second.calls) == len(whole.calls) - 12
 
 
-@pytest.mark.slow
 def test_other_data_is_another_search(search, tmp_path):
     tune(search, run=Commands())
     again = Commands()
@@ -144,7 +141,6 @@ def test_ablation_leaves_exactly_one_thing_in_float(tiny_artifact):
     assert len({tuple(recipe.rules) for recipe in found}) == len(found)
 
 
-@pytest.mark.slow
 def test_tune_starts_from_fp32_alone(tiny_artifact, tmp_path):
     with pytest.raises(UsageError, match="starts from one fp32 artifact"):
         open_search(tiny_artifact("onnx", "fp16"), data=tmp_path, calibration=tmp_path, max_drop=1, folder=tmp_path)
@@ -155,7 +151,6 @@ def test_failed_command_is_its_own_line(tmp_path):
         run_command(["verify", str(tmp_path / "nowhere")])
 
 
-@pytest.mark.slow
 def test_like_exports_the_same_model_again(cli, tiny_artifact, tmp_path):
     base = shutil.copytree(tiny_artifact("onnx"), tmp_path / "onnx-fp32")
     done = cli("--to", "onnx", "--like", base, "--precision", "fp16", "--out", tmp_path / "out", "--json")

@@ -237,7 +237,6 @@ def test_inspect_shows_the_sizes(sized: Callable[..., Path], cli: Callable[..., 
     assert "enumerated" not in report["outputs"][0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["iOS15", "iOS18"])
 def test_other_deployment_targets(target: str, tmp_path: Path) -> None:
     model = load_model(model=TINY, image_size=["80", "64x96"])  # the first one resizes
@@ -246,7 +245,6 @@ def test_other_deployment_targets(target: str, tmp_path: Path) -> None:
     assert verdict.status == "pass", verdict.reason
 
 
-@pytest.mark.slow
 def test_patch_configuration_b(tmp_path: Path) -> None:
     """Patches of 8, 4 and 2 pixels: every block resizes, and a map can be smaller than its patch."""
     weights = tmp_path / "weights.safetensors"
@@ -373,7 +371,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(  # the tiny network's files have every pair of precision and input, above
     ("sizes", "precision", "input"),
     [(TRAINED_AT, "fp16", "image"), (("240x272", "224", "256", "250x333"), "fp32", "tensor")],

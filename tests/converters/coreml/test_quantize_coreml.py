@@ -220,7 +220,6 @@ def test_weights_take_the_bytes_that_they_should(make: Make) -> None:
     assert shares["int8"] == pytest.approx(shares["int8-weight"], rel=0.1)
 
 
-@pytest.mark.slow
 def test_xxs_in_int8_takes_less_than_a_third_of_its_bytes(tmp_path: Path) -> None:
     found = {}
     for precision in ("fp32", "int8"):

@@ -177,7 +177,6 @@ def test_weights_of_static_convolutions_have_a_scale_a_channel(make: Callable[..
     assert sorted(a.dtype.name for a in (arrays[q] for q, *_ in inputs)) == ["int32"] * 6 + ["int8"] * 6
 
 
-@pytest.mark.slow
 def test_bytes_of_a_real_network(tmp_path: Path) -> None:
     model = load_model("xxs")
     plain, four = export(model, to="onnx", precision=["fp32", "int4-weight"], out=tmp_path, verify=False)

@@ -340,7 +340,6 @@ def test_no_range_is_learned_from_nan(bad):
         learn_ranges(passes(np.array([1.0, bad])), "minmax")
 
 
-@pytest.mark.slow
 def test_a_full_size_network_is_small_and_whole(cli, tmp_path):
     """MobileViT-XXS at 256x256, untrained: at most 0.30 of the bytes of fp32, and all of it in XNNPACK."""
     model = load_model("xxs")

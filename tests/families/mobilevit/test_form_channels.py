@@ -216,7 +216,6 @@ def test_ios15_is_refused() -> None:
     assert plan_targets("coreml", form="channels")[0].deployment_target == "iOS16"
 
 
-@pytest.mark.slow
 def test_xxs_at_full_size(tmp_path: Path) -> None:
     """At most 210 ops beside fp16's two casts, to and from the float32 of inputs and outputs; `plain` has 290."""
     model = load_model("xxs", image_size=256)
