@@ -3,7 +3,7 @@
 import sys
 from typing import NoReturn
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+from mvit_export.cli.codes import EXIT_INTERRUPTED
 
 
 def main() -> NoReturn:

@@ -13,7 +13,7 @@ import selectors
 import shlex
 import shutil
 import subprocess
-import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,6 +37,7 @@ CONNECT_TIMEOUT = 10  # seconds for TCP, and again for the key exchange
 LEAVE_TIMEOUT = 20.0
 SLOWEST = 50_000  # bytes a second, of a copy that is still waited for
 LONGEST_GREETING = 1 << 20  # bytes that a login script may print
+LONGEST_COMPLAINT = 1 << 16  # bytes of the connection's stderr that are kept
 LOST = 255  # ssh's exit code for its own failures, as opposed to the remote command's
 MARK = "mvit-export-scratch:"  # a login script may print lines of its own before it
 OPTIONS = {
@@ -88,14 +89,16 @@ class Ssh(Machine):
         # Always in /tmp: a socket's path may have 100 characters, which a deep TMPDIR leaves no room for.
         # The connection removes it when it ends, which it does even if we are killed.
         self._socket = Path(f"/tmp/mvit-export-{secrets.token_hex(8)}")
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  closed in `leave`
         self._keeper = subprocess.Popen(
             self._ssh(CHECK.format(python=shlex.quote(self.python)) + KEEPER, master=True),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complaints,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        self._complaints = bytearray()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         try:
             self.scratch = self._read_scratch()
             if not self.scratch:
@@ -106,7 +109,7 @@ class Ssh(Machine):
 
     def leave(self) -> None:
         """End the keeper's input and wait until it has cleaned up."""
-        assert self._keeper.stdin and self._keeper.stdout
+        assert self._keeper.stdin and self._keeper.stdout and self._keeper.stderr
         with suppress(OSError):
             self._keeper.stdin.close()
         try:
@@ -115,7 +118,9 @@ class Ssh(Machine):
             self._keeper.kill()
             self._keeper.wait()
         self._keeper.stdout.close()
-        self._complaints.close()
+        self._listener.join(1.0)
+        if not self._listener.is_alive():  # else somebody else holds the pipe's other end
+            self._keeper.stderr.close()
         self._socket.unlink(missing_ok=True)
 
     def _read_scratch(self) -> str:
@@ -139,9 +144,17 @@ class Ssh(Machine):
                     raise self._failure(self._keeper.wait(), self._complained(), "making a scratch folder")
         raise DeviceError(f"{self.name} gave no answer within {STEP_TIMEOUT:.0f} s")
 
+    def _listen(self) -> None:
+        """Keep the end of what the connection says on stderr, where the reason of a failure is."""
+        assert self._keeper.stderr
+        while chunk := os.read(self._keeper.stderr.fileno(), 1 << 16):
+            self._complaints += chunk
+            del self._complaints[:-LONGEST_COMPLAINT]
+
     def _complained(self) -> bytes:
-        self._complaints.seek(0)
-        return self._complaints.read()
+        """Call it when the keeper has ended."""
+        self._listener.join(1.0)
+        return bytes(self._complaints)
 
     def put_file(self, local: Path, name: str) -> None:
         place, what = shlex.quote(f"{self.scratch}/{name}"), f"copying {local.name} to {self.scratch}"

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from mvit_export.cli.codes import EXIT_CODES
 from mvit_export.cli.help import COMPARE, MEASURE
 from mvit_export.cli.options import (
-    EXIT_CODES,
     Artifacts,
     BenchmarkBinary,
     Device,

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from mvit_export.cli.codes import EXIT_CODES
 from mvit_export.cli.help import COMPARE, DATA, MEASURE
-from mvit_export.cli.options import EXIT_CODES, Artifacts, Json, Quiet, TrustCode, Verbose, session
+from mvit_export.cli.options import Artifacts, Json, Quiet, TrustCode, Verbose, session
 from mvit_export.cli.terminal import STYLES, Terminal, status_text
 from mvit_export.results.accuracy import AccuracyReport, ArtifactAccuracy, ReferenceAccuracy
 from mvit_export.results.status import MEASURED

@@ -9,8 +9,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from mvit_export.cli.codes import EXIT_CODES, EXIT_ERROR
 from mvit_export.cli.help import FEW_BITS, FILES, MODEL, PICTURES
-from mvit_export.cli.options import EXIT_CODES, EXIT_ERROR, Json, Quiet, TrustCode, Verbose, print_verdict, session
+from mvit_export.cli.options import Json, Quiet, TrustCode, Verbose, print_verdict, session
 from mvit_export.cli.terminal import Terminal, megabytes, status_text
 from mvit_export.cli.text import one_line
 from mvit_export.errors import ConversionError, MvitExportError, PartialExportError, UsageError

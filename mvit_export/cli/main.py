@@ -13,12 +13,12 @@ from typer.core import TyperGroup
 
 from mvit_export import __version__
 from mvit_export.cli.bench import bench
+from mvit_export.cli.codes import EXIT_ERROR
 from mvit_export.cli.doctor import doctor
 from mvit_export.cli.evaluate import evaluate
 from mvit_export.cli.export import export
 from mvit_export.cli.help import Command
 from mvit_export.cli.inspect import inspect
-from mvit_export.cli.options import EXIT_ERROR
 from mvit_export.cli.report import report
 from mvit_export.cli.terminal import Terminal
 from mvit_export.cli.tune import tune

@@ -1,4 +1,4 @@
-"""What every command shares: the exit codes, the common options, and errors as one line."""
+"""What every command shares: the common options, and errors as one line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from mvit_export.cli.codes import EXIT_ERROR, EXIT_INTERRUPTED
 from mvit_export.cli.help import DEVICES, OUTPUT, TRUST
 from mvit_export.cli.terminal import Terminal, status_text
 from mvit_export.errors import MvitExportError, UsageError, text_of
 from mvit_export.system.limits import find_limit
-
-EXIT_CODES = {"pass": 0, "fail": 1, "not-run": 3}
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 Json = Annotated[
     bool,

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mvit_export.cli.text import error_fields, harmless, one_line, to_document
-from mvit_export.cli.watcher import Watcher
+from mvit_export.cli.watcher import NoSilentExit, Watcher
 from mvit_export.errors import OutputError
 
 STYLES = {"pass": "bold green", "fail": "bold red", "not-run": "bold yellow"}
@@ -46,12 +46,14 @@ class Terminal:
         self._watcher = Watcher(
             None if self.verbose else self._sink, self._saved[1], self._saved[0] if self.as_json else None
         )
+        self._no_silent_exit = NoSilentExit()
         target = 2 if self.verbose else self._sink.fileno()
         os.dup2(target, 1)
         os.dup2(target, 2)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._no_silent_exit.close()
         self._watcher.dismiss()
         flush()
         for descriptor, saved in enumerate(self._saved, start=1):

@@ -9,9 +9,9 @@ import typer
 from rich.text import Text
 
 from mvit_export.cli.bench import median_words
+from mvit_export.cli.codes import EXIT_CODES
 from mvit_export.cli.help import FILES, FORMS, MEASURE, RECIPES
 from mvit_export.cli.options import (
-    EXIT_CODES,
     BenchmarkBinary,
     Device,
     DevicePython,

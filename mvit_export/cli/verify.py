@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mvit_export.cli.codes import EXIT_CODES
 from mvit_export.cli.help import COMPARE
 from mvit_export.cli.options import (
-    EXIT_CODES,
     Artifacts,
     BenchmarkBinary,
     Device,

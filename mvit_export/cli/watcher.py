@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import warnings
 from contextlib import suppress
 from typing import IO
 
+from mvit_export.cli.codes import EXIT_ERROR
 from mvit_export.cli.text import error_fields, harmless, to_document
 
 TAIL = 4096  # bytes of what was printed last
@@ -67,6 +69,32 @@ class Watcher:
         os.close(self._write)
         with suppress(OSError):  # somebody else has waited for it, or the system does
             os.waitpid(self._pid, 0)
+
+
+class NoSilentExit:
+    """A library that calls C's exit(0) would make a run that did not end look like one that passed: it ends with 2.
+
+    Only with glibc, where a handler can be taken back: one that outlived the interpreter would crash.
+    """
+
+    def __init__(self) -> None:
+        self._handle = ctypes.create_string_buffer(1)  # its address tells our handler from others
+        self._closed, own = "CS_GNU_LIBC_VERSION" not in os.confstr_names, os.getpid()
+        end_process = os._exit  # a model's code that is running finds another one there
+        if self._closed:
+            return
+
+        def end(_: int) -> None:
+            if not self._closed and os.getpid() == own:  # what is forked from here may end as it likes
+                end_process(EXIT_ERROR)
+
+        self._end = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(end)
+        ctypes.CDLL(None)["__cxa_atexit"](self._end, None, self._handle)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            ctypes.CDLL(None)["__cxa_finalize"](self._handle)  # calls our handler and forgets it
 
 
 def read_tail(sink: IO[bytes] | None) -> str:

@@ -113,7 +113,7 @@ def test_interrupted_while_packages_are_imported(tmp_path: Path) -> None:
         ("own", 2, "own() raised Own: mine"),
         ("closes", 2, "closes() raised Own: mine"),
         ("no_text", 2, "no_text() raised NoText: NoText"),
-        ("library_exit", 0, "ended from outside, or by a library; the last line that it printed: the library's last"),
+        ("library_exit", 2, "ended from outside, or by a library; the last line that it printed: the library's last"),
         ("killed", -9, "the process was ended from outside, or by a library"),
     ],
 )

@@ -97,3 +97,12 @@ def test_an_ssh_answer_without_end_is_cut(tmp_path: Path, monkeypatch: pytest.Mo
         pytest.raises(DeviceError, match="uname printed more than 64 MB and was stopped"),
     ):
         box.run(["uname"], timeout=60)
+
+
+def test_an_ssh_connection_may_complain_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its complaints go to no file, and the end of them is the reason that is given."""
+    script = 'head -c 3000000 /dev/zero | tr "\\0" x >&2; echo >&2; echo "the last word" >&2; exit 255'
+    box = fake_ssh(tmp_path, script, monkeypatch)
+    with pytest.raises(DeviceError, match="box cannot be reached: the last word"):
+        box.__enter__()
+    assert len(box._complaints) <= ssh.LONGEST_COMPLAINT
