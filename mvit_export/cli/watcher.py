@@ -6,18 +6,23 @@ import ctypes
 import os
 import signal
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO
 
 from mvit_export.cli.codes import EXIT_ERROR
 from mvit_export.cli.text import error_fields, harmless, to_document
+from mvit_export.system import staging
 
 TAIL = 4096  # bytes of what was printed last
+DONE, MADE, STAGED, END = b".", b"m", b"s", b"\0"  # what it is told: that all is well, or a letter and a path
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _open: set[int] = set()  # the ends that processes forked later must not keep open
 
 
 def close_in_child() -> None:
+    staging.begun.clear()
     for descriptor in _open:
         with suppress(OSError):
             os.close(descriptor)
@@ -29,7 +34,8 @@ os.register_at_fork(after_in_child=close_in_child)
 class Watcher:
     """A process that waits for this one's word that it ended by itself. Where none can be made, there is none.
 
-    Without it, whatever a library printed into `sink` before the end would be lost, and `--json` would be empty.
+    Without it, whatever a library printed into `sink` before the end would be lost, and `--json` would be empty. It
+    also hears of the folders that are made on the way, and removes what a killed run left half-written there.
     """
 
     def __init__(self, sink: IO[bytes] | None, stderr: int, stdout: int | None) -> None:
@@ -50,22 +56,39 @@ class Watcher:
         os.close(read)
         if self._pid is not None:
             _open.add(self._write)
+            staging.begun.append(self.tell)
 
     def watch(self, read: int, sink: IO[bytes] | None, stderr: int, stdout: int | None) -> None:
         """What the child does. Never returns."""
         try:
             os.close(self._write)
-            if not os.read(read, 1):
+            with os.fdopen(read, "rb") as stream:
+                words = stream.read().split(END)
+            if DONE not in words:
                 report(read_tail(sink), stderr, stdout)
+                made, staged = (
+                    [Path(os.fsdecode(word[1:])) for word in words if word[:1] == kind] for kind in (MADE, STAGED)
+                )
+                staging.clean_after_death(made, staged)
         finally:
             os._exit(0)
+
+    def tell(self, made: Sequence[Path], staged_in: Path | None) -> None:
+        words = [MADE + os.fsencode(folder.absolute()) for folder in made]
+        words += [STAGED + os.fsencode(staged_in.absolute())] if staged_in else []
+        self._say(*words)
+
+    def _say(self, *words: bytes) -> None:
+        with suppress(OSError):  # it was killed
+            os.write(self._write, b"".join(word + END for word in words))
 
     def dismiss(self) -> None:
         if self._pid is None:
             return
+        with suppress(ValueError):  # this is a fork, which tells nothing
+            staging.begun.remove(self.tell)
         _open.discard(self._write)
-        with suppress(OSError):  # it was killed
-            os.write(self._write, b".")
+        self._say(DONE)
         os.close(self._write)
         with suppress(OSError):  # somebody else has waited for it, or the system does
             os.waitpid(self._pid, 0)

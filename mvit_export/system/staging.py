@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,8 @@ except ImportError:  # Windows has no flock; the converters do not run there eit
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".mvit-export.partial"  # our mark: folders of other programs are not swept up
+Begun = Callable[[Sequence[Path], Path | None], None]
+begun: list[Begun] = []  # told of the folders that a run makes, and of the one that it stages in, before it does
 PATIENCE = 0.5  # seconds; a run that only looks for leftovers holds a lock for less
 
 
@@ -64,6 +66,8 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
     made and could not remove while others used it.
     """
     made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]  # innermost first
+    for tell in begun:
+        tell(made, None)
     try:
         yield
     finally:
@@ -82,21 +86,18 @@ def scratch_directory(place: Path) -> Iterator[Path]:
     if fcntl is None:
         raise ArtifactError("this system has no flock, which a safe export needs; use Linux or macOS")
     scratch = place.parent / f".{place.name}.work{SUFFIX}"
-    made = [folder for folder in (place.parent, *place.parent.parents) if not os.path.exists(folder)]  # innermost first
     lock = None
-    try:
-        with _disk_errors(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(place.parent)
-            lock = _claim(scratch, place)
-            yield scratch
-    finally:
-        if lock is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-            os.close(lock)
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()  # only if empty: what was prepared may have been moved there
+    with no_empty_folders(place.parent):  # what was prepared may have been moved there
+        try:
+            with _disk_errors(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _sweep(place.parent)
+                lock = _claim(scratch, place)
+                yield scratch
+        finally:
+            if lock is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+                os.close(lock)
 
 
 def check_free(place: Path, *, overwrite: bool) -> None:
@@ -111,6 +112,8 @@ def check_free(place: Path, *, overwrite: bool) -> None:
 
 def _claim(staging: Path, place: Path) -> int:
     """Make and lock the staging directory; a dead run's leftover under that name is emptied and taken over."""
+    for tell in begun:
+        tell((), place.parent)
     deadline = time.monotonic() + PATIENCE
     while True:
         with suppress(FileExistsError):
@@ -161,6 +164,22 @@ def _sweep(parent: Path) -> None:
                     shutil.rmtree(leftover)
             finally:
                 os.close(lock)
+
+
+def clean_after_death(made: Sequence[Path], staged_in: Sequence[Path], *, patience: float = 5.0) -> None:
+    """What a run that was killed would have done at its end, by one that outlived it.
+
+    Its workers may hold the locks for a moment longer, so this tries again for `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    for parent in staged_in:
+        _sweep(parent)
+        while [*parent.glob(f".*{SUFFIX}*")] and time.monotonic() < deadline:
+            time.sleep(0.05)
+            _sweep(parent)
+    for folder in sorted(made, key=lambda place: -len(place.parts)):
+        with suppress(OSError):
+            folder.rmdir()  # only if empty
 
 
 def _sync(directory: Path) -> None:

@@ -129,6 +129,30 @@ def test_a_factory_that_ends_the_process(factory: str, code: int, message: str, 
     assert sorted(os.listdir(tmp_path)) in (["ends.py"], ["__pycache__", "ends.py"])
 
 
+KILLED = """if True:
+    import os
+    from pathlib import Path
+    from mvit_export.cli.terminal import Terminal
+    from mvit_export.system.staging import scratch_directory, staged_directory
+    with Terminal(), scratch_directory(Path("new/work/model")) as scratch, staged_directory(
+        Path("old/model/onnx-fp32"), overwrite=False
+    ) as staging:
+        for folder in (scratch, staging):
+            (folder / "half").write_text("written")
+        os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_run_leaves_nothing(tmp_path: Path) -> None:
+    """Besides what was there before it."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "mine").touch()
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-9, "")
+    assert done.stderr == "mvit-export: error: the process was ended from outside, or by a library\n"
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["old", "old/mine"]
+
+
 def test_harmless() -> None:
     assert harmless("plain, naïve, 数字, 👩\u200d🔬") == "plain, naïve, 数字, 👩\u200d🔬"
     assert harmless("a\nb\tc\x1b[2J\x9b\u202e\udc80") == "a\\nb\\tc\\x1b[2J\\x9b\\u202e\\udc80"
