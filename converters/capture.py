@@ -17,6 +17,8 @@ from mvit_export.formats.recipes import Recipe
 from mvit_export.formats.targets import Target
 from mvit_export.models.loaded import LoadedModel
 from mvit_export.models.outputs import name_outputs
+from mvit_export.tasks.classification import CLASSIFICATION
+from mvit_export.tasks.segmentation import SEGMENTATION
 
 INPUT_NAME = "image"
 TORCH_EXPORT, JIT_TRACE = "torch.export", "torch.jit.trace"  # how a graph was captured
@@ -43,12 +45,22 @@ class Conversion:
     def labels(self) -> tuple[str, ...] | None:
         return self.model.info.labels
 
+    @property
+    def classifier(self) -> bool:
+        """Whether the labels are those of one answer for the whole picture."""
+        return self.labels is not None and self.model.info.task == CLASSIFICATION.name
+
+    @property
+    def segmenter(self) -> bool:
+        return self.model.info.task == SEGMENTATION.name
+
 
 class Exportable(nn.Module):
     """A model as it is written to a file: `image` in, a dict of named outputs out.
 
     With `preprocessing`, `image` is uint8 RGB (B, H, W, 3) and channel order, scale, mean and std are part of the
-    graph. Outputs are float32. With `half`, weights and arithmetic are fp16 while inputs and outputs stay as they are.
+    graph. Outputs are float32, labels int32. With `half`, weights and arithmetic are fp16 while inputs and outputs stay
+    as they are.
     """
 
     def __init__(
@@ -64,7 +76,8 @@ class Exportable(nn.Module):
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         x = self.normalise(image)
         outputs = name_outputs(self.model(x.half() if self.half_precision else x), self.names)
-        return {name: value if value.dtype == torch.float32 else value.float() for name, value in outputs.items()}
+        kept = (torch.float32, torch.int32)
+        return {name: value if value.dtype in kept else value.float() for name, value in outputs.items()}
 
 
 class Normalise(nn.Module):

@@ -49,6 +49,7 @@ from mvit_export.system.files import NOT_UTF8, is_utf8
 from mvit_export.system.limits import find_limit
 from mvit_export.system.processes import no_collection
 from mvit_export.system.staging import check_free, no_empty_folders, staged_directory
+from mvit_export.tasks.classification import CLASSIFICATION
 
 OnStep = Callable[[Target, str], None]
 # What a converter raises about its own format. A full disk, little memory and a network that fails concern all.
@@ -167,7 +168,7 @@ def open_crew(model: LoadedModel, first: Sequence[Target]) -> AbstractContextMan
 
 def check_model_fits(model: LoadedModel, targets: Sequence[Target]) -> None:
     """Refuse a model that does not fit one of the targets."""
-    labels = model.info.labels or ()
+    labels = (model.info.labels or ()) if model.info.task == CLASSIFICATION.name else ()
     check_size_count(targets, len(model.input_shapes))
     for target in targets:
         if target.input == "image" and model.preprocessing is None:

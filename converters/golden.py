@@ -35,7 +35,8 @@ def golden_vectors(conversion: Conversion, manifest: Manifest) -> dict[str, dict
 
     Where PyTorch's own float32 is further off than parity allows, its outputs are stored beside them.
     """
-    reference, task = Reference(conversion.model), task_of(manifest)
+    task = task_of(manifest)
+    reference = Reference(conversion.model, task)
     cases = {}
     for case in golden_cases(conversion, manifest):
         pair = reference.answer(case.name, case.artifact_input, case.model_input)

@@ -44,12 +44,15 @@ def input_spec(model: LoadedModel, target: Target) -> TensorSpec:
     return tensor_spec(INPUT_NAME, shapes, target, "float32", "NCHW" if len(shapes[0]) == 4 else "")
 
 
+AXES = {2: "NC"}  # names of an output's, by their count
+
+
 def output_specs(model: LoadedModel, target: Target) -> tuple[TensorSpec, ...]:
     """The outputs that the model itself returns for each input shape."""
     reference = open_torch(model)
     runs = [reference.run(np.zeros(shape, np.float32)) for shape in model.input_shapes]
     return tuple(
-        tensor_spec(name, tuple(run[name].shape for run in runs), target, "float32", "NC" if array.ndim == 2 else "")
+        tensor_spec(name, tuple(run[name].shape for run in runs), target, str(array.dtype), AXES.get(array.ndim, ""))
         for name, array in runs[0].items()
     )
 

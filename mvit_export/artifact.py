@@ -32,12 +32,14 @@ from mvit_export.system.reading import ARRAYS, check_regular, parse_json, read_j
 from mvit_export.system.records import build, convert
 
 SCHEMA_VERSION = 1
-DTYPES = ("float16", "float32", "float64", "uint8", "uint16")  # of inputs and outputs
+DTYPES = ("float16", "float32", "float64", "int32", "uint8", "uint16")  # of inputs and outputs
 MOST_SHAPES, MOST_ELEMENTS = 128, 2**28  # of one tensor
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
 # A model's settings, as its family needs them. Always written, null if the model has none; other names are ignored.
 SETTINGS = {"patch_config": str | None, "output_stride": int | None}
+# A segmenter's, written only where they are set.
+MORE_SETTINGS = {"output": str | None, "align_corners": bool | None}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class ModelInfo:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
         found: ModelInfo = build(cls, {key: value for key, value in data.items() if key != "settings"}, "model")
-        settings = {name: convert(data[name], kind, f"model.{name}") for name, kind in SETTINGS.items() if name in data}
+        kinds = {**SETTINGS, **MORE_SETTINGS}
+        settings = {name: convert(data[name], kind, f"model.{name}") for name, kind in kinds.items() if name in data}
         return replace(found, settings={name: value for name, value in settings.items() if value is not None})
 
 

@@ -26,6 +26,7 @@ from mvit_export.errors import require
 from mvit_export.families.forms import make_flexible
 from mvit_export.mil.modules import module_names, number_nodes, store_module_names
 from mvit_export.tasks.classification import CLASSIFICATION, PROBABILITIES
+from mvit_export.tasks.segmentation import palette
 
 WRAPPER = "model.model."  # CoreMLForm holds Exportable, which holds the network
 
@@ -117,7 +118,7 @@ class CoreMLForm(nn.Module):
         self.model = Exportable(conversion)
         preprocessing = conversion.model.preprocessing if conversion.target.input == "image" else None
         self.standardise = Standardise(preprocessing) if preprocessing else nn.Identity()
-        self.classifier = conversion.labels is not None
+        self.classifier = conversion.classifier
         self.sure = conversion.model.info.scores == PROBABILITIES
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -147,10 +148,11 @@ class Standardise(nn.Module):
 def conversion_options(ct: Any, conversion: Conversion, module: CoreMLForm) -> dict[str, Any]:
     """The keyword arguments of ct.convert."""
     target, outputs = conversion.target, list(conversion.model.output_names)
+    dtype = np.int32 if conversion.model.info.settings.get("output") == "labels" else np.float32
     options: dict[str, Any] = {
         "convert_to": "mlprogram",
         "inputs": [input_type(ct, conversion)],
-        "outputs": [ct.TensorType(name=name, dtype=np.float32) for name in outputs],
+        "outputs": [ct.TensorType(name=name, dtype=dtype) for name in outputs],
         "compute_precision": ct.precision.FLOAT32 if target.precision == "fp32" else ct.precision.FLOAT16,
         "minimum_deployment_target": getattr(ct.target, str(target.deployment_target)),
         "pass_pipeline": ct.PassPipeline.DEFAULT,
@@ -206,10 +208,21 @@ def describe(mlmodel: Any, conversion: Conversion) -> None:
     mlmodel.user_defined_metadata.update(metadata)
     if conversion.labels:
         mlmodel.user_defined_metadata["labels"] = json.dumps(conversion.labels, ensure_ascii=False)
+    if conversion.classifier:
         mlmodel.user_defined_metadata["com.apple.coreml.model.preview.type"] = "imageClassifier"
+    if conversion.segmenter:
+        mlmodel.user_defined_metadata["com.apple.coreml.model.preview.type"] = "imageSegmenter"
+        mlmodel.user_defined_metadata["com.apple.coreml.model.preview.params"] = preview_of(conversion)
     mlmodel.input_description[INPUT_NAME] = describe_input(conversion)
     for name, text in describe_outputs(conversion):
         mlmodel.output_description[name] = text
+
+
+def preview_of(conversion: Conversion) -> str:
+    """What Xcode's preview of a segmenter reads: names and colours, a list each, by the classes' indices."""
+    count = conversion.model.info.num_classes or 0
+    labels = conversion.labels or tuple(map(str, range(count)))
+    return json.dumps({"labels": labels, "colors": palette(count)}, ensure_ascii=False)
 
 
 def describe_input(conversion: Conversion) -> str:
@@ -233,6 +246,6 @@ def describe_outputs(conversion: Conversion) -> Iterator[tuple[str, str]]:
         classifier = conversion.model.info.task == CLASSIFICATION.name
         scores = "probabilities of the classes" if sure else "class scores before softmax"
         yield name, scores if classifier else f"{name} of {conversion.model.info.name}"
-    if conversion.labels:
+    if conversion.classifier:
         yield "classLabel", "label of the most probable class"
         yield "classLabel_probs", "probability of each label" + ("" if sure else ", the softmax of the class scores")

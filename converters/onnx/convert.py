@@ -23,6 +23,7 @@ from mvit_export.converters.onnx.quantize import quantize
 from mvit_export.errors import ConversionError, require
 from mvit_export.readers.onnx import NAME_SCOPES
 from mvit_export.readers.ort import save_optimized
+from mvit_export.tasks.segmentation import palette
 
 
 def convert(conversion: Conversion, path: Path) -> str:
@@ -85,5 +86,7 @@ def describe(model, conversion: Conversion) -> None:  # type: ignore[no-untyped-
     model.graph.name = conversion.model.info.name
     if conversion.labels:
         metadata["labels"] = json.dumps(conversion.labels, ensure_ascii=False)
+    if conversion.segmenter:
+        metadata["palette"] = json.dumps(palette(conversion.model.info.num_classes or 0))
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)

@@ -74,14 +74,14 @@ class Range:
 
     @classmethod
     def of(cls, name: str, pairs: Sequence[Pair]) -> Range:
-        return cls(float(np.abs(reference_rows(name, pairs)).max()), spread_of(name, pairs))
+        return cls(scale_of(name, pairs), spread_of(name, pairs))
 
 
 def measure_outputs(
     pair: Pair, specs: Sequence[TensorSpec], outputs: Arrays, task: Task, ranges: Mapping[str, Range]
 ) -> list[Outcome]:
     """One outcome for each output, or a single one with what is wrong with them."""
-    if faults := tuple(structural_faults(pair, specs, outputs)):
+    if faults := tuple(structural_faults(pair, specs, outputs, task)):
         return [Outcome(pair.case, faults)]
     found = []
     for name, known in ranges.items():
@@ -147,37 +147,45 @@ def constant_reference(pairs: Sequence[Pair]) -> str | None:
     """Why a comparison would prove nothing: the reference ignores its input, as an untrained zero head does, or its
     answers are float32's denormal numbers, as with initial weights that are small in every layer."""
     for name in pairs[0].outputs:
-        rows = reference_rows(name, pairs)
-        if 0 < np.abs(rows).max() < np.finfo(np.float32).tiny:
+        scale, count = scale_of(name, pairs), sum(1 for _ in reference_rows(name, pairs))
+        if 0 < scale < np.finfo(np.float32).tiny:
             return f"the reference's {name} are below what float32 holds with all digits, 1e-38; load weights"
-        if len(rows) > 1 and spread_of(name, pairs) <= FLOAT32_UNIT * np.abs(rows).max():
-            return f"the reference gives the same {name} for all {len(rows)} inputs, which proves nothing; load weights"
+        if count > 1 and spread_of(name, pairs) <= FLOAT32_UNIT * scale:
+            return f"the reference gives the same {name} for all {count} inputs, which proves nothing; load weights"
     return None
+
+
+def scale_of(name: str, pairs: Sequence[Pair]) -> float:
+    """The largest absolute value of an output's reference; NaN if it has one."""
+    return float(np.max([np.abs(row).max() for row in reference_rows(name, pairs)]))
 
 
 def spread_of(name: str, pairs: Sequence[Pair]) -> float:
     """The largest difference of an output's reference between the first input and any other; 0 for one input."""
-    rows = reference_rows(name, pairs)
+    first = next(reference_rows(name, pairs))
     with np.errstate(invalid="ignore"):  # NaN and Inf are reported by the comparison
-        return float(np.abs(rows - rows[0]).max())
+        return float(np.max([np.abs(row - first).max() for row in reference_rows(name, pairs)]))
 
 
-def reference_rows(name: str, pairs: Sequence[Pair]) -> np.ndarray:
-    """The reference for each input that has the first one's shape: maps of other sizes cannot be compared."""
-    every = [row for pair in pairs for row in pair.outputs[name]]
-    return np.stack([row for row in every if row.shape == every[0].shape])
+def reference_rows(name: str, pairs: Sequence[Pair]) -> Iterator[np.ndarray]:
+    """The reference for each input that has the first one's shape: maps of other sizes cannot be compared.
+
+    One after the other: maps of a picture's size would take a gigabyte together.
+    """
+    shape = pairs[0].outputs[name][0].shape
+    return (row for pair in pairs for row in pair.outputs[name] if row.shape == shape)
 
 
-def structural_faults(pair: Pair, specs: Sequence[TensorSpec], outputs: Arrays) -> Iterator[str]:
+def structural_faults(pair: Pair, specs: Sequence[TensorSpec], outputs: Arrays, task: Task) -> Iterator[str]:
     """Faults in names, shapes, types and finiteness, which make comparing the numbers pointless."""
     case = pair.case
     for spec in specs:
         if spec.name not in outputs:
             yield f"{case}: no output {spec.name!r}, the file has {', '.join(sorted(outputs))}"
             continue
-        expected, found = pair.outputs[spec.name], outputs[spec.name]
-        in_float32 = pair.float32[spec.name] if pair.float32 else expected
-        if not np.isfinite(expected).all() or not np.isfinite(in_float32).all():
+        known, found = pair.outputs[spec.name], outputs[spec.name]
+        in_float32, expected = pair.float32[spec.name] if pair.float32 else known, task.answer(known)
+        if not np.isfinite(known).all() or not np.isfinite(in_float32).all():
             yield f"{case}: the reference itself holds NaN or Inf in {spec.name}; the weights overflow in fp32"
         elif found.shape != expected.shape:
             yield f"{case}: {spec.name} has shape {found.shape}, expected {expected.shape}"

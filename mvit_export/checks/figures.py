@@ -22,7 +22,7 @@ def measure(reference: np.ndarray, output: np.ndarray, task: Task, *, spread: fl
 
     PSNR is 10 log10(max(reference^2) / mean((output - reference)^2)), as coremltools' conversion tests define it.
     """
-    r, o = reference.astype(np.float64), output.astype(np.float64)
+    r, o = (array.astype(np.float64) for array in task.view(reference, output))
     difference = np.abs(r - o)
     scale, noise = np.abs(r).max(), np.mean(difference**2)
     norm = np.linalg.norm(r) * np.linalg.norm(o)
@@ -85,6 +85,9 @@ def violations(metrics: Metrics, tolerance: Tolerance, task: Task) -> list[str]:
         found.append(f"1 - cosine {1 - metrics.cosine:.1e}, at most {1 - tolerance.cosine:.0e} expected")
     for figure in task.figures:
         value, bound = metrics.of_task.get(figure.name), figure.bound(tolerance)
-        if value is not None and bound is not None and value > bound:
-            found.append(f"{figure.words} {value:{figure.digits}}, at most {bound:g} expected")
+        if value is None or bound is None:
+            continue
+        if value < bound if figure.at_least else value > bound:
+            side = "least" if figure.at_least else "most"
+            found.append(f"{figure.words} {value:{figure.digits}}, at {side} {bound:g} expected")
     return found

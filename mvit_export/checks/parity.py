@@ -218,7 +218,7 @@ def _torch_references(artifact: Artifact, weights: str | Path | None) -> Referen
     from mvit_export.families.load import rebuild_model
 
     model = rebuild_model(artifact.manifest, weights=weights)
-    reference = Reference(model)
+    reference = Reference(model, task_of(artifact.manifest))
     cases = [*cases_of(artifact), *weakest_cases(model, artifact.manifest)]
     pairs = [reference.answer(case.name, case.artifact_input, case.model_input) for case in cases]
     note = f"the reference is float32, the network does not run in float64: {reference.reason}"

@@ -51,9 +51,13 @@ class Pair:
 
 
 class Reference:
-    """A network in float64, or in float32 if it does not run in float64: `dtype` says which, `reason` why."""
+    """A network in float64, or in float32 if it does not run in float64: `dtype` says which, `reason` why.
 
-    def __init__(self, model: LoadedModel) -> None:
+    It answers with scores, where the network's own answer is made of them: see `Task.scored`.
+    """
+
+    def __init__(self, model: LoadedModel, task: Task) -> None:
+        model = replace(model, module=task.scored(model.module))
         self.model, self.dtype, self.reason = model, FLOAT64, ""
         self._float32 = open_torch(model).run
         self._float64: Callable[[np.ndarray], Arrays] | None = None

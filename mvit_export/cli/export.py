@@ -23,7 +23,9 @@ def export(
             help="coreml, onnx, tflite or all; comma-separated or repeated.", show_default=False, rich_help_panel=FILES
         ),
     ],
-    variant: Annotated[str | None, typer.Option(help="MobileViT variant: xxs, xs or s.", rich_help_panel=MODEL)] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="MobileViT: xxs, xs, s; a segmenter: deeplabv3-xxs, …", rich_help_panel=MODEL)
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Checkpoint: FILE, folder, hf:ID or timm:ID.", rich_help_panel=MODEL)
     ] = None,
@@ -58,6 +60,16 @@ def export(
     ] = None,
     patch_config: Annotated[
         str | None, typer.Option(help="MobileViT patches: A (2,2,2) or B (8,4,2). (A)", rich_help_panel=MODEL)
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a segmenter: scores at the picture's size, coarse scores at the network's own, or labels. (scores)",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    output_stride: Annotated[
+        str | None, typer.Option(help="Of a segmenter: 16, or 8 for a map twice as fine. (16)", rich_help_panel=MODEL)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.", min=0, max=2**63 - 1, rich_help_panel=MODEL)] = 0,
     precision: Annotated[
@@ -170,7 +182,8 @@ def export(
         with terminal.progress("loading the model") as step:
             chosen = {
                 "variant": variant, "model": model, "weights": weights, "pretrained": pretrained,
-                "num_classes": num_classes, "patch_config": patch_config, "image_size": image_size or None,
+                "num_classes": num_classes, "patch_config": patch_config, "output": output,
+                "output_stride": output_stride, "image_size": image_size or None,
                 "labels": labels, "input_shape": parse_shape(input_shape) if input_shape else None,
             }  # fmt: skip
             if like:

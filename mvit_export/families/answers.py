@@ -30,8 +30,8 @@ def with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None)
     returned, macs = run_shapes(loaded)
     named = name_outputs(returned)
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    task, info = find_task(loaded.info.task, shapes), loaded.info
-    check_outputs(named)
+    task, info = find_task(loaded.info, shapes), loaded.info
+    check_outputs(named, integers=task.integers)
     samples = run_samples(loaded, next(iter(named.values())))
     scores = kind_of_scores(samples) if task is CLASSIFICATION else None
     if scores == INDEPENDENT:
@@ -40,7 +40,7 @@ def with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None)
             raise UsageError(f"labels need scores of one class among several, but {ONE_BY_ONE}; export without labels")
     names = task.output_names if scores != PROBABILITIES else ("scores",)
     outputs = name_outputs(returned, names if len(names) == len(shapes) else None)
-    check_outputs(outputs)
+    check_outputs(outputs, integers=task.integers)
     classes = info.num_classes or task.count_classes(shapes)
     info = replace(
         info, task=task.name, num_classes=classes, macs=macs, scores=scores if scores == PROBABILITIES else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mvit_export.artifact import ModelInfo
+from mvit_export.models.hub import Place
 from mvit_export.models.loaded import LoadedModel
 
 
@@ -15,7 +16,8 @@ class Request:
     """The model that a user asks for: a `variant` of a family, a `model` by its source, or what `weights` contains.
 
     `options` are the family's own, by name, those that were given. `ema` says which set to read where a checkpoint has
-    the weights as trained and an average of them, see `find_entry`.
+    the weights as trained and an average of them, see `find_entry`. `place` is where `weights` was found, by
+    `locate`, if it was looked up already.
     """
 
     variant: str | None = None
@@ -26,6 +28,7 @@ class Request:
     options: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     ema: bool | None = True
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Family:
     repeatable: bool = True
     prepare: Callable[[], object] | None = None  # what another process must call before it can be sent a network
     forms: str | None = None  # the module that rewrites its blocks, see families/forms.py
+    claims: Callable[[Iterable[str]], bool] = lambda names: False  # a checkpoint of nobody's choice, by its names
     code: Callable[[str], Path] | None = None  # the user's file that a source runs; None if it runs only installed code
 
     def settings_of(self, info: ModelInfo) -> dict[str, str]:

@@ -19,6 +19,7 @@ from mvit_export.families.base import Family, Request
 from mvit_export.families.given import announce
 from mvit_export.families.table import FAMILIES, OF_CHECKPOINTS, OPTIONS, VARIANTS, family_of, titles
 from mvit_export.formats.choices import choose, parse_size
+from mvit_export.models.hub import locate
 from mvit_export.models.loaded import LoadedModel
 from mvit_export.system import trust
 
@@ -43,7 +44,8 @@ def load_model(
     preprocessing: Preprocessing | Stated | None = None,
     **options: str | None,
 ) -> LoadedModel:
-    """Build a MobileViT `variant` ("xxs", "xs", "s"), or any `model` ("FILE.py:FACTORY", "timm:NAME", or an nn.Module).
+    """Build a MobileViT `variant` ("xxs", "xs", "s"), a segmenter on one ("deeplabv3-xxs", …), or any `model`:
+    "FILE.py:FACTORY", "timm:NAME", or an nn.Module.
 
     An nn.Module is copied. Only this process has it, so its artifacts are checked against PyTorch here, and elsewhere
     with `against="golden"`.
@@ -51,8 +53,8 @@ def load_model(
     `weights` is a file, a folder, `hf:ID` or `timm:ID`; `pretrained` means the official ones; with neither the network
     is untrained, seeded with `seed`. Where a file has the weights as trained and an average of them, the average is
     read, or with `ema=False` the others. `image_size` is 256, "240x272" (height x width) or a list. `options` are the
-    family's own: `patch_config` of MobileViT, "A" or "B". `preprocessing` is what the caller knows about it, where the
-    model does not bring it.
+    family's own, see the documentation. `preprocessing` is what the caller knows about it, where the model does not
+    bring it.
     Raises children of MvitExportError.
     """
     if variant is not None and not isinstance(variant, str):
@@ -182,15 +184,34 @@ def find_family(asked: Request, input_shape: Sequence[int] | None) -> tuple[Fami
         raise UsageError("--weights and --pretrained both say where the weights come from; pass one of them")
     if asked.model is not None:
         return family_of_model(asked, asked.model), asked
-    family = VARIANTS[variant] if variant else OF_CHECKPOINTS
     if variant is None and asked.weights is None:
         raise UsageError(f"no model named; pass --variant {'|'.join(VARIANTS)}, --weights or --model")
     if input_shape is not None:
-        raise UsageError(f"--input-shape belongs to --model; {family.title} takes --image-size")
+        title = VARIANTS[variant].title if variant else titles(having="variants")
+        raise UsageError(f"--input-shape belongs to --model; {title} takes --image-size")
+    family, asked = (VARIANTS[variant], asked) if variant else find_in_checkpoint(asked)
     for name in options:
         if name not in family.options:
             raise UsageError(f"{flag(name)} is not an option of {family.title}; leave it out")
     return family, asked
+
+
+def find_in_checkpoint(asked: Request) -> tuple[Family, Request]:
+    """The family that claims a checkpoint by the names of its weights, and the request with the file's place.
+
+    Raises HubError.
+    """
+    require("torch", extra="all", purpose="to read weights")
+    from mvit_export.models.checkpoints import find_weights, read_checkpoint
+
+    *others, last = OF_CHECKPOINTS
+    asked = replace(asked, place=locate(str(asked.weights)))
+    path = asked.place[0]
+    try:
+        names = read_checkpoint(find_weights(path) if path.is_dir() else path, ema=asked.ema).tensors
+    except WeightsError:  # the last one reads it too, and says what is wrong
+        return last, asked
+    return next((family for family in others if family.claims(names)), last), asked
 
 
 def family_of_model(asked: Request, source: str) -> Family:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from mvit_export.families.base import Family
+from mvit_export.families.deeplabv3.family import DEEPLABV3
 from mvit_export.families.given import GIVEN
 from mvit_export.families.mobilevit.family import MOBILEVIT
 from mvit_export.families.python_file import PYTHON_FILE
 from mvit_export.families.timm import TIMM
 
-FAMILIES = (MOBILEVIT, GIVEN, TIMM, PYTHON_FILE)  # the last one owns every source that no other does
-OF_CHECKPOINTS = MOBILEVIT  # reads a checkpoint whose model nobody named
+FAMILIES = (MOBILEVIT, DEEPLABV3, GIVEN, TIMM, PYTHON_FILE)  # the last one owns every source that no other does
+OF_CHECKPOINTS = (
+    DEEPLABV3,
+    MOBILEVIT,
+)  # read a checkpoint whose model nobody named; the last one, what no other claims
 VARIANTS = {variant: family for family in FAMILIES for variant in family.variants}
 OPTIONS = {name: option for family in FAMILIES for name, option in family.options.items()}
 

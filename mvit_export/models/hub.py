@@ -32,7 +32,10 @@ class Snapshot:
     commit: str
 
 
-def locate(source: str) -> tuple[Path, str, str | None]:
+Place = tuple[Path, str, str | None]
+
+
+def locate(source: str) -> Place:
     """Where the weights are on this disk, the name to report, and the hub's commit."""
     scheme, colon, rest = source.partition(":")
     if colon and scheme in ("hf", "timm"):

@@ -79,7 +79,7 @@ def describe_changes(outputs: Any, named: Mapping[str, Tensor]) -> tuple[str, ..
     renamed = [(old, new) for old, new in zip(own or (), named, strict=False) if old != new]
     lines = [f"output {old!r} is called {new} in the files" for old, new in renamed]
     for name, tensor in named.items():
-        if (kind := str(tensor.dtype).removeprefix("torch.")) != "float32":
+        if (kind := str(tensor.dtype).removeprefix("torch.")) not in ("float32", "int32"):
             lines.append(f"output {name!r} is {kind} in the network and float32 in the files")
     return tuple(lines)
 
@@ -106,10 +106,14 @@ def check_tensors(outputs: Any, elements: Mapping[Any, Any]) -> None:
             )
 
 
-def check_outputs(outputs: Mapping[str, Tensor]) -> None:
-    """Refuse what a comparison of numbers cannot judge (integers, booleans, scalars), and the input's name."""
+def check_outputs(outputs: Mapping[str, Tensor], *, integers: bool = False) -> None:
+    """Refuse what a comparison of numbers cannot judge (integers, booleans, scalars), and the input's name.
+
+    `integers`: the task knows what to make of int32.
+    """
     for name, tensor in outputs.items():
-        if not tensor.is_floating_point() or tensor.ndim == 0:
+        known = integers and str(tensor.dtype) == "torch.int32"
+        if not (tensor.is_floating_point() or known) or tensor.ndim == 0:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
                 f"output {name!r} is {kind} of shape {list(tensor.shape)}, expected floats with a batch axis"

@@ -43,6 +43,9 @@ def call_model(model: Any, without_gradients: Callable[[], Any]) -> Call:
             given = torch.from_numpy(array)
             outputs = name_outputs(model.module(given), model.output_names)
         exact = given.dtype == torch.float64
-        return {name: (value if exact else value.float()).numpy() for name, value in outputs.items()}
+        return {
+            name: (value if exact or value.dtype == torch.int32 else value.float()).numpy()
+            for name, value in outputs.items()
+        }
 
     return call

@@ -19,8 +19,8 @@ Shapes = Mapping[str, tuple[int, ...]]  # of the outputs, by name
 class Figure:
     """One figure of how far an output is from its reference, in addition to those that every task has.
 
-    `combine` merges those of all inputs and outputs. `bound` is the most that a tolerance allows, None for no limit;
-    beyond it a verdict says `words` and the value, formatted by `digits`.
+    `combine` merges those of all inputs and outputs. `bound` is the most that a tolerance allows, or with `at_least`
+    the least, None for no limit; beyond it a verdict says `words` and the value, formatted by `digits`.
     """
 
     name: str  # in parity.json
@@ -28,6 +28,7 @@ class Figure:
     words: str = ""
     digits: str = ".2g"
     bound: Callable[[Tolerance], float | None] = lambda _: None
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Task:
     many classes it then has. `compare` returns the `figures` of one finite output (B, …) against its reference, both
     float64, those that apply. `check_outputs` receives all that a file returns for one input, more than the manifest's
     outputs, and raises ValueError if something is wrong. Without `scoring`, `eval` refuses the task.
+
+    Where a network returns whole numbers, `integers`, `scored` makes it return the scores behind them, which are the
+    reference then. `answer` turns these into what a file returns, and `view` makes two arrays of numbers of reference
+    and output, which are compared.
     """
 
     name: str  # as in the manifest
@@ -67,3 +72,10 @@ class Task:
     compare: Callable[[np.ndarray, np.ndarray], dict[str, float]] = lambda reference, output: {}
     check_outputs: Callable[[Mapping[str, Any], Manifest], None] = lambda outputs, manifest: None
     scoring: Scoring | None = None
+    integers: bool = False  # int32
+    scored: Callable[[Any], Any] = lambda module: module
+    view: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = lambda reference, output: (
+        reference,
+        output,
+    )
+    answer: Callable[[np.ndarray], np.ndarray] = lambda reference: reference

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from mvit_export.artifact import Manifest
+from mvit_export.artifact import Manifest, ModelInfo
 from mvit_export.errors import ArtifactError
 from mvit_export.tasks.base import Shapes, Task
 from mvit_export.tasks.classification import CLASSIFICATION, OF_PROBABILITIES, PROBABILITIES
+from mvit_export.tasks.segmentation import OF_LABELS, SEGMENTATION
 from mvit_export.tasks.unknown import UNKNOWN
 
-TASKS = {task.name: task for task in (CLASSIFICATION, UNKNOWN)}  # the last one fits every model
+TASKS = {task.name: task for task in (CLASSIFICATION, SEGMENTATION, UNKNOWN)}  # the last one fits every model
 OF_SCORES: dict[tuple[str, str | None], Task] = {
-    (CLASSIFICATION.name, PROBABILITIES): OF_PROBABILITIES
-}  # by task and what its scores are
+    (CLASSIFICATION.name, PROBABILITIES): OF_PROBABILITIES,
+    (SEGMENTATION.name, "labels"): OF_LABELS,
+}  # by task and what its scores are, or by what it returns in their place
 
 
-def find_task(name: str, shapes: Shapes) -> Task:
+def find_task(info: ModelInfo, shapes: Shapes) -> Task:
     """The task that a model declares, else the first that its outputs fit."""
-    if name != UNKNOWN.name:
-        return TASKS[name]
+    if info.task != UNKNOWN.name:
+        return OF_SCORES.get((info.task, info.settings.get("output")), TASKS[info.task])
     return next(task for task in TASKS.values() if task.fits(shapes))
 
 
@@ -26,4 +28,4 @@ def task_of(manifest: Manifest) -> Task:
     name = manifest.model.task
     if name not in TASKS:
         raise ArtifactError(f"task {name!r} is not known to this version, expected {' or '.join(TASKS)}; export again")
-    return OF_SCORES.get((name, manifest.model.scores), TASKS[name])
+    return OF_SCORES.get((name, manifest.model.scores or manifest.model.settings.get("output")), TASKS[name])

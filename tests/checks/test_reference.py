@@ -247,7 +247,7 @@ def test_network_that_does_not_run_in_sequence_keeps_the_narrow_bound(
     def refuse(*_: Any) -> None:
         raise RuntimeError("no such operator in this mode")
 
-    reference = Reference(load_model(model=f"{networks}:instance_norm", image_size=64))
+    reference = Reference(load_model(model=f"{networks}:instance_norm", image_size=64), UNKNOWN)
     black = np.zeros((1, 3, 64, 64), np.float32)
     pair = reference.answer("black", black, black)
     assert pair.in_sequence is not None

@@ -40,11 +40,17 @@ QKV_PARTS = ("query", "key", "value")
 
 def name_table(config: MobileViTConfig) -> list[Names]:
     """Every module with weights, in the order in which the network runs them."""
+    table = backbone_names(config)
+    table += conv_norm("head", "conv_1x1_exp", "mobilevit.conv_1x1_exp", "final_conv")
+    table += [Names("classifier", "classifier.fc", "classifier", "head.fc")]
+    return table
+
+
+def backbone_names(config: MobileViTConfig) -> list[Names]:
+    """The part that networks of other tasks have too."""
     table = [*conv_norm("stem", "conv_1", "mobilevit.conv_stem", "stem")]
     for index in range(len(config.stages)):
         table += conv_stage_names(index) if index < 2 else transformer_stage_names(index, DEPTHS[index - 2])
-    table += conv_norm("head", "conv_1x1_exp", "mobilevit.conv_1x1_exp", "final_conv")
-    table += [Names("classifier", "classifier.fc", "classifier", "head.fc")]
     return table
 
 
@@ -108,9 +114,13 @@ def skeleton(config: MobileViTConfig) -> dict[str, Tensor]:
 
 def key_table(family: str, config: MobileViTConfig) -> dict[str, dict[str, Tensor]]:
     """Our key -> the keys of `family` that hold it, each with the (data-less) tensor expected there."""
-    name_of = {names.ours: FAMILIES[family](names) for names in name_table(config)}
+    return pair_keys(skeleton(config), {names.ours: FAMILIES[family](names) for names in name_table(config)})
+
+
+def pair_keys(state: Mapping[str, Tensor], name_of: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The keys that hold each tensor of our `state`, by what a family calls its module: `name_of` has all of them."""
     table = {}
-    for key, tensor in skeleton(config).items():
+    for key, tensor in state.items():
         module, _, parameter = key.rpartition(".")
         name = f"{name_of[module]}.{parameter}"
         if "*" in name:
@@ -132,9 +142,13 @@ def map_state(state: Mapping[str, Tensor], family: str, config: MobileViTConfig)
     or dtype, or not finite.
     """
     fitted = fit(state, expected_tensors(family, config), hint=lambda key: other_variant(state, family, config, key))
-    table = key_table(family, config)
+    return join_parts(fitted, key_table(family, config))
+
+
+def join_parts(state: Mapping[str, Tensor], table: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`state` under our names, by a table of `pair_keys`; what a family keeps in parts is put together."""
     return {
-        key: fitted[next(iter(parts))] if len(parts) == 1 else torch.cat([fitted[name] for name in parts])
+        key: state[next(iter(parts))] if len(parts) == 1 else torch.cat([state[name] for name in parts])
         for key, parts in table.items()
     }
 
@@ -192,13 +206,13 @@ REFUSED = (
     ),
     (
         ("seg_head.", "segmentation_head."),
-        "a segmentation checkpoint (DeepLabV3): only classification is exported so far;"
-        " expected a checkpoint with a classifier",
+        "a segmentation checkpoint (DeepLabV3), expected a classifier's:"
+        " leave --variant out, or use --variant deeplabv3-xxs, deeplabv3-xs or deeplabv3-s",
     ),
     (
         ("encoder.conv_1.", "encoder.layer_1."),
-        "a detection or segmentation backbone: only classification is exported so far;"
-        " expected a checkpoint with a classifier",
+        "the backbone of a detector or segmenter without its head; expected a checkpoint with a classifier,"
+        " or a segmentation checkpoint with its seg_head",
     ),
 )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,18 +203,14 @@ class MobileViTBlock(nn.Module):
         return self.fuse(torch.cat((x, y), dim=1))  # residual first
 
 
-class MobileViT(nn.Module):
-    """The classifier: images (B, 3, H, W) -> logits (B, num_classes). H and W are at least 32."""
+class Backbone(nn.Module):
+    """What every task's network begins with: images (B, 3, H, W) -> the map after each stage. H and W from 32 on."""
 
     def __init__(self, config: MobileViTConfig) -> None:
         super().__init__()
         self.config = config
         self.stem = ConvNormAct(3, config.stem, 3, stride=2)
         self.stages = nn.ModuleList(build_stages(config))
-        self.head = ConvNormAct(config.stages[-1], config.head, 1)
-        self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(config.head, config.num_classes)
-        self.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, ...]:
         """The map after each of the five stages, (B, C_i, H_i, W_i), for task heads."""
@@ -223,6 +220,20 @@ class MobileViT(nn.Module):
             x = stage(x)
             maps.append(x)
         return tuple(maps)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.forward_features(x)
+
+
+class MobileViT(Backbone):
+    """The classifier: images (B, 3, H, W) -> logits (B, num_classes). H and W are at least 32."""
+
+    def __init__(self, config: MobileViTConfig) -> None:
+        super().__init__(config)
+        self.head = ConvNormAct(config.stages[-1], config.head, 1)
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(config.head, config.num_classes)
+        self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.head(self.forward_features(x)[-1])  # (B, head, H/32, W/32)

@@ -27,7 +27,7 @@ from mvit_export.families.mobilevit.network import PATCH_CONFIGS, VARIANTS, Mobi
 from mvit_export.families.mobilevit.variants import CUSTOM
 from mvit_export.models.checkpoints import Checkpoint, blame, find_weights, read_checkpoint
 from mvit_export.models.fit import check_classes
-from mvit_export.models.hub import locate
+from mvit_export.models.hub import Place, locate
 from mvit_export.system.files import write_whole
 
 OFFICIAL = {
@@ -72,18 +72,19 @@ def load_weights(
     num_classes: int | None = None,
     patch_config: str | None = None,
     ema: bool | None = True,
+    place: Place | None = None,
 ) -> LoadedWeights:
     """Load `source`: a file, a folder from transformers or timm, `hf:ID[@REVISION]` or `timm:ID[@REVISION]`.
 
     `variant` and `num_classes` come from the checkpoint; if given, they must match it. `patch_config` leaves no trace
-    in the weights of other families and defaults to "A". `ema` as in `find_entry`.
+    in the weights of other families and defaults to "A". `ema` as in `find_entry`; `place` is where `source` was found.
     Raises WeightsError (unreadable or unfit), HubError (unavailable), UsageError (no such variant or patches).
     """
     if variant is not None and variant not in VARIANTS:
         raise UsageError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
     if patch_config not in (None, *PATCH_CONFIGS):
         raise UsageError(f"patch configuration is {patch_config!r}, expected one of {', '.join(PATCH_CONFIGS)}")
-    path, name, revision = locate(source)
+    path, name, revision = place or locate(source)
     folder = path if path.is_dir() else None
     with blame(name):
         weights_file = find_weights(path) if folder else path

@@ -157,7 +157,10 @@ BAD: dict[str, tuple[Callable[[], bytes | None], dict, list[str]]] = {
     "cvnets segmentation": (
         lambda: prefixed("encoder.", **{"seg_head.classifier.classifier.block.conv.weight": torch.zeros(1)}),
         {},
-        ["a segmentation checkpoint (DeepLabV3): only classification is exported so far", "(found seg_head.classifier"],
+        [
+            "a segmentation checkpoint (DeepLabV3), expected a classifier's: leave --variant out",
+            "(found seg_head.classifier",
+        ],
     ),
     "cvnets detection": (
         lambda: prefixed("encoder.", **{"ssd_heads.0.proj_layer.block.conv.weight": torch.zeros(1)}),
@@ -167,7 +170,7 @@ BAD: dict[str, tuple[Callable[[], bytes | None], dict, list[str]]] = {
     "cvnets encoder": (
         lambda: prefixed("encoder."),
         {},
-        ["a detection or segmentation backbone", "(found encoder.con"],
+        ["the backbone of a detector or segmenter without its head", "(found encoder.con"],
     ),
     "hf segmentation": (
         lambda: changed("hf", "segmentation_head.classifier.convolution.weight", torch.zeros(1)),
