@@ -45,8 +45,9 @@ from mvit_export.data.pictures import ArrayPictures, FolderPictures, Pictures, U
 from mvit_export.data.preprocessing import Preprocessing, Size, to_tensor
 from mvit_export.errors import MvitExportError, UsageError, WeightsError
 from mvit_export.families.mobilevit.network import VARIANTS, MobileViT
-from mvit_export.families.mobilevit.weights import load_weights, save_weights
+from mvit_export.families.mobilevit.weights import load_weights
 from mvit_export.formats.choices import parse_size
+from mvit_export.models.own_files import save_weights
 from mvit_export.system.files import remove_leftovers, write_whole
 
 # The options and their defaults. Those in FREE may change between a kill and the resumption.

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mvit_export.data.preprocessing import Preprocessing
     from mvit_export.errors import MvitExportError
     from mvit_export.families.load import load_model
-    from mvit_export.families.mobilevit.weights import save_weights
     from mvit_export.models.loaded import LoadedModel
+    from mvit_export.models.own_files import save_weights
     from mvit_export.results.parity import ParityResult
 
 __version__ = "0.2.0"
@@ -47,7 +47,7 @@ _HOMES = {
     "evaluate": "checks.accuracy",
     "export": "converters.export",
     "load_model": "families.load",
-    "save_weights": "families.mobilevit.weights",
+    "save_weights": "models.own_files",
     "verify": "checks.parity",
 }
 

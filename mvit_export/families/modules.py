@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvit_export.artifact import ModelInfo, WeightsInfo
 from mvit_export.data.preprocessing import DEFAULT_PREPROCESSING, UNSTATED, Preprocessing
 from mvit_export.families.base import Request
-from mvit_export.models.hub import locate
 from mvit_export.models.loaded import LoadedModel, call_guarded, count_parameters, state_digest
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mvit_export.models.checkpoints import Checkpoint
+    from mvit_export.models.stored import StoredWeights
 
 Notes = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class StoredWeights:
-    """A checkpoint as read from `file`, under the user's name for it, with the hub's commit."""
-
-    checkpoint: Checkpoint
-    file: Path
-    name: str
-    revision: str | None
 
 
 def read_weights(asked: Request, weights: str | Path | None) -> StoredWeights | None:
     """Read a file, folder or hub model; None if there is none. Raises WeightsError and HubError."""
     if weights is None:
         return None
-    from mvit_export.models.checkpoints import find_weights, read_checkpoint
+    from mvit_export.models.stored import read_stored
 
-    path, name, revision = locate(str(weights))
-    file = find_weights(path) if path.is_dir() else path
-    return StoredWeights(read_checkpoint(file, ema=asked.ema), file, name, revision)
+    return read_stored(weights, ema=asked.ema)
 
 
 def describe_module(

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from mvit_export.data.preprocessing import Preprocessing
 from mvit_export.errors import MissingDependencyError, ModelError
 from mvit_export.families.base import Family, Request
-from mvit_export.families.modules import StoredWeights, describe_module, read_weights
+from mvit_export.families.modules import describe_module, read_weights
 from mvit_export.models.loaded import LoadedModel, call_guarded, seeded
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from mvit_export.models.stored import StoredWeights
 
 PREFIX = "timm:"
 

@@ -30,7 +30,8 @@ from mvit_export.data.pictures import ArrayPictures
 from mvit_export.data.preprocessing import FAMILY_PREPROCESSING, Preprocessing
 from mvit_export.errors import UsageError, WeightsError
 from mvit_export.families.mobilevit.network import create_mobilevit
-from mvit_export.families.mobilevit.weights import load_weights, save_weights
+from mvit_export.families.mobilevit.weights import load_weights
+from mvit_export.models.own_files import save_weights
 
 SCRIPT = ROOT / "examples" / "finetune_digits.py"
 TRAINED = ROOT / "examples" / "digits_xxs.safetensors"

@@ -25,7 +25,7 @@ from helpers import randomize
 
 from mvit_export.data.preprocessing import DEFAULT_PREPROCESSING
 from mvit_export.families.mobilevit.network import create_mobilevit
-from mvit_export.families.mobilevit.weights import save_weights
+from mvit_export.models.own_files import save_weights
 
 pytestmark = pytest.mark.slow
 

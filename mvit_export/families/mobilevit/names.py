@@ -12,10 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mvit_export.errors import WeightsError
 from mvit_export.families.mobilevit.network import DEPTHS, VARIANTS, MobileViT, MobileViTConfig
 from mvit_export.models.fit import fit
-from mvit_export.models.prefixes import align
+from mvit_export.models.sources import NO_CLASSIFIERS, Refused, classes_in, closest, find_source, refuse_others
 
 
 @dataclass(frozen=True)
@@ -139,27 +138,19 @@ def map_state(state: Mapping[str, Tensor], family: str, config: MobileViTConfig)
     }
 
 
-def classes_in(state: Mapping[str, Tensor], family: str) -> int:
+def classes_of(state: Mapping[str, Tensor], family: str) -> int:
     """The number of classes, read from the classifier. Raises WeightsError if there is none."""
     bias = list(expected_tensors(family, VARIANTS["xxs"]))[-1]
-    weight = bias.replace("bias", "weight")
-    if weight not in state:
-        raise WeightsError(
-            f"{weight} is missing: a backbone without classifier, expected a classification checkpoint with one"
-        )
-    if state[weight].ndim != 2 or not len(state[weight]):
-        raise WeightsError(f"{weight} has shape {tuple(state[weight].shape)}, expected (classes, channels)")
-    return len(state[weight])
+    return classes_in(state, bias.replace("bias", "weight"))
 
 
 def closest_variant(state: Mapping[str, Tensor], family: str) -> tuple[str, bool]:
     """The variant that matches most shapes, and whether it matches all."""
-    wrong = {}
-    for variant, config in VARIANTS.items():
-        expected = expected_tensors(family, replace(config, num_classes=classes_in(state, family)))
-        wrong[variant] = sum(key in state and state[key].shape != want.shape for key, want in expected.items())
-    best = min(wrong, key=lambda variant: wrong[variant])
-    return best, wrong[best] == 0
+    classes = classes_of(state, family)
+    return closest(
+        state,
+        {name: expected_tensors(family, replace(config, num_classes=classes)) for name, config in VARIANTS.items()},
+    )
 
 
 def other_variant(state: Mapping[str, Tensor], family: str, config: MobileViTConfig, key: str) -> str | None:
@@ -173,8 +164,7 @@ def other_variant(state: Mapping[str, Tensor], family: str, config: MobileViTCon
     return f"this is variant {found}: its {key} has shape {shape}, {wanted} needs {want}; use --variant {found}"
 
 
-REFUSED = (
-    # what identifies it (the start of a key), and the message
+REFUSED: tuple[Refused, ...] = (
     (
         ("mvit.0.", "mv2.0."),
         "a checkpoint of the re-implementation chinhsuanwu/mobilevit-pytorch, which is another network than the paper's"
@@ -185,21 +175,7 @@ REFUSED = (
         ("conv_stem.",),
         "a Hugging Face MobileViTModel: classifier.weight is missing, expected a MobileViTForImageClassification",
     ),
-    (
-        ("ssd_heads.", "extra_layers."),
-        "a detection checkpoint (SSDLite): only classification is exported so far;"
-        " expected a checkpoint with a classifier",
-    ),
-    (
-        ("seg_head.", "segmentation_head."),
-        "a segmentation checkpoint (DeepLabV3): only classification is exported so far;"
-        " expected a checkpoint with a classifier",
-    ),
-    (
-        ("encoder.conv_1.", "encoder.layer_1."),
-        "a detection or segmentation backbone: only classification is exported so far;"
-        " expected a checkpoint with a classifier",
-    ),
+    *NO_CLASSIFIERS,
 )
 
 
@@ -208,23 +184,7 @@ def recognise(state: Mapping[str, Tensor], ema: bool | None = True) -> tuple[str
 
     Raises WeightsError for other networks, naming those that are known. `ema` as in `find_entry`.
     """
-    refuse_others(state)
+    refuse_others(state, REFUSED)
     names = {family: frozenset(expected_tensors(family, VARIANTS["xxs"])) for family in FAMILIES}
-    found = {family: align(state, names[family], ema).tensors for family in FAMILIES}
-    shared = {family: len(found[family].keys() & names[family]) for family in FAMILIES}
-    best = max(shared, key=lambda family: shared[family])
-    if shared[best] * 4 < len(found[best]):  # a stray name in common proves nothing
-        keys = ", ".join(list(state)[:3])
-        raise WeightsError(f"its names ({keys}, ...) are not MobileViT's; expected weights of {', '.join(FAMILIES)}")
+    best = find_source(state, names, ema, "MobileViT")
     return best, names[best]
-
-
-def refuse_others(state: Mapping[str, Tensor]) -> None:
-    """Raises WeightsError for networks known by how their names begin, behind any prefix that all of them share."""
-    parts = [key.split(".") for key in state if "." in key]  # the others count something
-    depth = next((i for i, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), 0)
-    for index in range(depth + 1):
-        for starts, message in REFUSED:
-            key = next((key for key in state if ".".join(key.split(".")[index:]).startswith(starts)), None)
-            if key is not None:
-                raise WeightsError(f"{message} (found {key})")

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvit_export.families.mobilevit.variants import CUSTOM
+
 PATCH_CONFIGS = {
     "A": (2, 2, 2),  # patch side in stages 3, 4, 5: more accurate
     "B": (8, 4, 2),  # faster; the paper's Table 11
@@ -47,6 +49,16 @@ class MobileViTConfig:
             raise ValueError(f"output_stride is {self.output_stride}, expected 8, 16 or 32")
         if self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes}, expected at least 1")
+
+    @property
+    def variant(self) -> str:
+        """The variant whose sizes these are, "custom" if none."""
+        return next((name for name, row in VARIANTS.items() if row.sizes == self.sizes), CUSTOM)
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What tells the variants apart."""
+        return self.stem, self.stages, self.widths, self.head, self.expansion
 
 
 # fmt: off

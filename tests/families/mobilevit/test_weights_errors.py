@@ -21,9 +21,10 @@ from mvit_export.data.preprocessing import DEFAULT_PREPROCESSING
 from mvit_export.errors import HubError, MvitExportError, UsageError, WeightsError
 from mvit_export.families.mobilevit.names import expected_tensors
 from mvit_export.families.mobilevit.network import MobileViTConfig, create_mobilevit
-from mvit_export.families.mobilevit.weights import load_weights, save_weights
+from mvit_export.families.mobilevit.weights import load_weights
 from mvit_export.models.checkpoints import read_checkpoint
 from mvit_export.models.fit import load_into
+from mvit_export.models.own_files import save_weights
 
 State = dict[str, torch.Tensor]
 MARK = Path(tempfile.gettempdir()) / f"mvit-export-ran-a-pickle-{os.getpid()}"

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from mvit_export.data.preprocessing import FAMILY_PREPROCESSING, Preprocessing, to_picture, to_tensor
 from mvit_export.families.mobilevit.names import FAMILIES, expected_tensors, map_state, name_table, recognise
 from mvit_export.families.mobilevit.network import VARIANTS, MobileViT, create_mobilevit
-from mvit_export.families.mobilevit.weights import load_weights, save_weights
+from mvit_export.families.mobilevit.weights import load_weights
 from mvit_export.families.timm import import_timm
 from mvit_export.models.checkpoints import read_checkpoint
 from mvit_export.models.fit import load_into
+from mvit_export.models.own_files import save_weights
 
 timm = import_timm()  # first: it makes torchvision importable for both
 transformers = importlib.import_module("transformers")
