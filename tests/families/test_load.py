@@ -37,7 +37,7 @@ def test_hub_weights_are_rebuilt_at_their_commit(source: str, tmp_path: Path, mo
         return tmp_path / "w.pt", name, COMMIT
 
     torch.save(randomize(create_mobilevit("xxs", num_classes=3)).state_dict(), tmp_path / "w.pt")
-    monkeypatch.setattr("mvit_export.families.mobilevit.weights.locate", locate)
+    monkeypatch.setattr("mvit_export.models.stored.locate", locate)
     manifest = manifest_of(load_model(weights=source, image_size=32))
     rebuild_model(manifest)
     assert asked == [source, f"{source.partition('@')[0]}@{COMMIT}"]
