@@ -137,6 +137,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         parts = {"model": self.model.to_json(), "weights": self.weights.to_json()}
+        if self.preprocessing:
+            parts["preprocessing"] = self.preprocessing.to_json()
         return {"schema_version": data.pop("schema_version"), **data, **parts}
 
     @classmethod

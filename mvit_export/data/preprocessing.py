@@ -33,8 +33,9 @@ class Preprocessing:
     """How pixels become numbers: `(pixel / 255 - mean) / std`, channels in `channel_order`.
 
     `resize_ratio` is the short side after resizing over the crop's side (288 / 256 for ml-cvnets); None resizes
-    straight to the crop without keeping the aspect. `mean` and `std` are listed in `channel_order`.
-    `source` says where the values come from, so that a guess is never mistaken for a fact.
+    straight to the crop without keeping the aspect. With `squash` both sides become the crop's times the ratio, so
+    that the aspect is not kept either; the JSON has it only where it is set. `mean` and `std` are listed in
+    `channel_order`. `source` says where the values come from, so that a guess is never mistaken for a fact.
     """
 
     channel_order: str
@@ -44,6 +45,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     source: str = "default"
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if self.channel_order not in CHANNEL_ORDERS:
@@ -62,7 +64,7 @@ class Preprocessing:
         return replace(self, crop=size)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("squash", False)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
@@ -112,6 +114,7 @@ class Stated:
             known,
             channel_order=(self.channels or known.channel_order).upper(),
             resize_ratio=known.resize_ratio if self.resize is None else ratio,
+            squash=known.squash and self.resize is None,
             mean=tuple(value / unit for value in mean),
             std=tuple(value / unit for value in std),
             source=f"stated: {', '.join(said)}; the rest: {known.source}",
@@ -127,11 +130,16 @@ def describe_unstated(known: Preprocessing) -> str:
 
 
 def resized_size(size: Size, preprocessing: Preprocessing) -> Size:
-    """Height and width after the resize: both cover `crop * resize_ratio`, the smaller side exactly, same aspect."""
+    """Height and width after the resize: both cover `crop * resize_ratio`, the smaller side exactly, same aspect.
+
+    Without an aspect to keep, both are exactly that.
+    """
     if preprocessing.resize_ratio is None:
         return preprocessing.crop
     height, width = size
     want_h, want_w = (round(side * preprocessing.resize_ratio) for side in preprocessing.crop)
+    if preprocessing.squash:
+        return want_h, want_w
     if want_h * width >= want_w * height:  # the height is the tighter side
         return want_h, max(want_w, int(want_h * width / height))
     return max(want_h, int(want_w * height / width)), want_w

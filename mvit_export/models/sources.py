@@ -15,7 +15,8 @@ from torch import Tensor
 from mvit_export.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from mvit_export.errors import WeightsError
 from mvit_export.models.prefixes import align
-from mvit_export.models.settings import Json, hf_labels, hf_preprocessing, read_json, timm_preprocessing
+from mvit_export.models.processors import hf_preprocessing
+from mvit_export.models.settings import Json, hf_labels, read_json, timm_preprocessing
 
 
 @dataclass(frozen=True)
