@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mvit_export.artifact import ModelInfo
 from mvit_export.models.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from mvit_export.models.stored import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Request:
     """The model that a user asks for: a `variant` of a family, a `model` by its source, or what `weights` contains.
 
     `options` are the family's own, by name, those that were given. `ema` says which set to read where a checkpoint has
-    the weights as trained and an average of them, see `find_entry`.
+    the weights as trained and an average of them, see `find_entry`. `stored` is what lies at `weights`, if it was read.
     """
 
     variant: str | None = None
@@ -26,6 +30,7 @@ class Request:
     options: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     ema: bool | None = True
+    stored: StoredWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Family:
     # environment or define classes anywhere, which we must not repeat.
     repeatable: bool = True
     prepare: Callable[[], object] | None = None  # what another process must call before it can be sent a network
+    claims: Callable[[StoredWeights], bool] = lambda stored: False  # a checkpoint whose model nobody named
     forms: str | None = None  # the module that rewrites its blocks, see families/forms.py
     code: Callable[[str], Path] | None = None  # the user's file that a source runs; None if it runs only installed code
 

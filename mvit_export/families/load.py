@@ -25,6 +25,7 @@ from mvit_export.system import trust
 if TYPE_CHECKING:
     from torch import nn
 
+HUB = "hf:"
 Sizes = int | str | Sequence[int | str]
 
 
@@ -180,17 +181,38 @@ def find_family(asked: Request, input_shape: Sequence[int] | None) -> tuple[Fami
         raise UsageError(f"--num-classes is {asked.num_classes}, expected at least 1")
     if asked.weights is not None and asked.pretrained:
         raise UsageError("--weights and --pretrained both say where the weights come from; pass one of them")
+    asked = with_hub_model(asked)
     if asked.model is not None:
         return family_of_model(asked, asked.model), asked
-    family = VARIANTS[variant] if variant else OF_CHECKPOINTS
     if variant is None and asked.weights is None:
         raise UsageError(f"no model named; pass --variant {'|'.join(VARIANTS)}, --weights or --model")
     if input_shape is not None:
-        raise UsageError(f"--input-shape belongs to --model; {family.title} takes --image-size")
+        title = VARIANTS[variant].title if variant else "a checkpoint's own model"
+        raise UsageError(f"--input-shape belongs to --model; {title} takes --image-size")
+    family, asked = (VARIANTS[variant], asked) if variant else find_in_checkpoint(asked)
     for name in options:
         if name not in family.options:
             raise UsageError(f"{flag(name)} is not an option of {family.title}; leave it out")
     return family, asked
+
+
+def with_hub_model(asked: Request) -> Request:
+    """`--model hf:ID` is what `--weights hf:ID` is: a model on a hub brings its weights. Raises UsageError."""
+    if asked.model is None or not asked.model.startswith(HUB):
+        return asked
+    for name, value in {"weights": asked.weights, "pretrained": asked.pretrained}.items():
+        if value:
+            raise UsageError(f"--model {asked.model} brings its own weights; leave {flag(name)} out")
+    return replace(asked, model=None, weights=asked.model)
+
+
+def find_in_checkpoint(asked: Request) -> tuple[Family, Request]:
+    """The family that claims a checkpoint, and the request with what was read. Raises WeightsError and HubError."""
+    require("torch", extra="all", purpose="to read weights")
+    from mvit_export.models.stored import read_stored
+
+    asked = replace(asked, stored=read_stored(str(asked.weights), ema=asked.ema))
+    return next((family for family in OF_CHECKPOINTS if family.claims(asked.stored)), OF_CHECKPOINTS[-1]), asked
 
 
 def family_of_model(asked: Request, source: str) -> Family:

@@ -7,9 +7,10 @@ from mvit_export.families.given import GIVEN
 from mvit_export.families.mobilevit.family import MOBILEVIT
 from mvit_export.families.python_file import PYTHON_FILE
 from mvit_export.families.timm import TIMM
+from mvit_export.families.transformers.family import TRANSFORMERS
 
-FAMILIES = (MOBILEVIT, GIVEN, TIMM, PYTHON_FILE)  # the last one owns every source that no other does
-OF_CHECKPOINTS = MOBILEVIT  # reads a checkpoint whose model nobody named
+FAMILIES = (MOBILEVIT, GIVEN, TIMM, TRANSFORMERS, PYTHON_FILE)  # the last one owns every source that no other does
+OF_CHECKPOINTS = (TRANSFORMERS, MOBILEVIT)  # read checkpoints whose model nobody named; the last, what none claims
 VARIANTS = {variant: family for family in FAMILIES for variant in family.variants}
 OPTIONS = {name: option for family in FAMILIES for name, option in family.options.items()}
 

@@ -158,12 +158,12 @@ def refusal(reason: str) -> str:
 
 
 def find_weights(folder: Path) -> Path:
-    """The weights file of a model folder as transformers and timm write it; WeightsError if sharded or absent."""
+    """The weights of a model folder as transformers and timm write it, or the index of several; else WeightsError."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            raise WeightsError(f"{index.name} says that the weights are sharded, expected one {name}: merge the shards")
+            return index
     raise WeightsError(f"a folder without weights, expected {' or '.join(WEIGHT_FILES)} in it")

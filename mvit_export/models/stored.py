@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mvit_export.models.checkpoints import Checkpoint, blame, find_weights, read_checkpoint
 from mvit_export.models.hub import locate
+from mvit_export.models.shards import INDEX, read_shards
 
 
 @dataclass(frozen=True)
@@ -32,4 +33,6 @@ def read_stored(source: str | Path, *, ema: bool | None = True) -> StoredWeights
     folder = path if path.is_dir() else None
     with blame(name):
         file = find_weights(path) if folder else path
-    return StoredWeights(read_checkpoint(file, ema=ema), file, name, revision, folder)
+        sharded = folder is not None and file.name.endswith(INDEX)
+        checkpoint = read_shards(file) if sharded else read_checkpoint(file, ema=ema)
+    return StoredWeights(checkpoint, file, name, revision, folder)

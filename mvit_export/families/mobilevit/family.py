@@ -25,7 +25,7 @@ def load(asked: Request) -> LoadedModel:
     from mvit_export.families.mobilevit.network import MobileViT
     from mvit_export.families.mobilevit.weights import OFFICIAL, load_weights
 
-    source = OFFICIAL[asked.variant] if asked.pretrained and asked.variant else str(asked.weights)
+    source = OFFICIAL[asked.variant] if asked.pretrained and asked.variant else asked.stored or str(asked.weights)
     found = load_weights(source, variant=asked.variant, num_classes=asked.num_classes, ema=asked.ema, **asked.options)
     module = MobileViT(found.config)
     module.load_state_dict(dict(found.state))
