@@ -77,7 +77,7 @@ HARMLESS = {
 
 
 def hf_preprocessing(values: Json, kind: str = "MobileViT") -> Preprocessing:
-    """What `values` of a file say; `kind` of processor is meant where they name none.
+    """What `values` of a file say; `kind` of processor is meant where they name none. Null is a value: a step is off.
 
     Resize, crop, scale, normalize, then flip channels. Raises WeightsError that names the field.
     """
@@ -88,14 +88,14 @@ def hf_preprocessing(values: Json, kind: str = "MobileViT") -> Preprocessing:
     if unknown is not None:
         raise unusable(unknown, values[unknown], "no such step, which this preprocessing does not have")
     for name in ("do_resize", "do_rescale"):
-        if not stated(values, name, True):
+        if not values.get(name, True):
             raise unusable(name, values[name], "true")
-    resample = stated(values, "resample", processor.resample)
+    resample = values.get("resample", processor.resample)
     if not isinstance(resample, int) or resample not in PIL_RESAMPLING:
         names = ", ".join(f"{number} ({name})" for number, name in PIL_RESAMPLING.items())
         raise unusable("resample", resample, f"one of {names}")
     crop, ratio, squash = hf_sizes(values, processor)
-    flip = stated(values, "do_flip_channel_order", processor.flips)
+    flip = values.get("do_flip_channel_order", processor.flips)
     mean, std = hf_statistics(values, processor)
     return Preprocessing(
         "BGR" if flip else "RGB",
@@ -108,12 +108,6 @@ def hf_preprocessing(values: Json, kind: str = "MobileViT") -> Preprocessing:
         source=FILE,
         squash=squash,
     )
-
-
-def stated(values: Json, name: str, default: Any) -> Any:
-    """A field, or the kind's own value where it is absent or null."""
-    found = values.get(name)
-    return default if found is None else found
 
 
 def processor_of(values: Json, kind: str) -> Processor:
@@ -134,8 +128,8 @@ def hf_statistics(values: Json, processor: Processor) -> tuple[Three, Three]:
     """Mean and standard deviation in RGB of a pixel / 255, whatever the file multiplies pixels by."""
     unit, offset = hf_scale(values, processor)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    again = processor.twice and stated(values, "include_top", True)
-    normalizes = stated(values, "do_normalize", processor.statistics is not None)
+    again = processor.twice and values.get("include_top", True)
+    normalizes = values.get("do_normalize", processor.statistics is not None)
     if normalizes or again:
         found = [three(values, name, processor, index) for index, name in enumerate(("image_mean", "image_std"))]
         if not all(value > 0 for value in found[1]):
@@ -154,7 +148,7 @@ def product(one: Three, other: Three) -> Three:
 
 def hf_scale(values: Json, processor: Processor) -> tuple[float, float]:
     """What 255 becomes, and what is subtracted from it. Only EfficientNet's processor has other scales."""
-    factor = stated(values, "rescale_factor", 1 / 255)
+    factor = values.get("rescale_factor", 1 / 255)
     number = isinstance(factor, int | float) and not isinstance(factor, bool)
     if number and math.isclose(factor, 1 / 255, rel_tol=1e-4):
         unit = 1.0
@@ -162,14 +156,14 @@ def hf_scale(values: Json, processor: Processor) -> tuple[float, float]:
         unit = 255 * factor
     else:
         raise unusable("rescale_factor", factor, "1/255")
-    return unit, float(processor.twice and bool(stated(values, "rescale_offset", False)))
+    return unit, float(processor.twice and bool(values.get("rescale_offset", False)))
 
 
 def three(values: Json, name: str, processor: Processor, index: int) -> Three:
     """The field's numbers for R, G and B; a single one counts for all."""
-    found = values.get(name)
-    if found is None and processor.statistics is not None:
+    if name not in values and processor.statistics is not None:
         return processor.statistics[index]
+    found = values.get(name)
     if found is None:
         raise unusable(name, None, "three numbers, because do_normalize is true")
     try:
@@ -182,11 +176,11 @@ def three(values: Json, name: str, processor: Processor, index: int) -> Three:
 
 def hf_sizes(values: Json, processor: Processor) -> tuple[Size, float | None, bool]:
     """The crop, the resize ratio, and whether that resize squashes; see `Preprocessing`."""
-    size = stated(values, "size", {} if processor.square else processor.size)
-    crops = bool(stated(values, "do_center_crop", processor.crops))
-    short = size.get("shortest_edge") if isinstance(size, Mapping) and len(filled(size)) == 1 else size
+    size = values.get("size", {} if processor.square else processor.size)
+    crops = bool(values.get("do_center_crop", processor.crops))
+    short = size.get("shortest_edge") if isinstance(size, Mapping) and len(size) == 1 else size
     single = isinstance(size, int) and not isinstance(size, bool)
-    if single and stated(values, "default_to_square", processor.square):
+    if single and values.get("default_to_square", processor.square):
         short = None
     if isinstance(short, int) and short > 0:  # the short side, aspect kept
         return short_side(values, processor, size, short, crops)
@@ -202,11 +196,6 @@ def hf_sizes(values: Json, processor: Processor) -> tuple[Size, float | None, bo
     if ratio < 1 or tuple(round(side * ratio) for side in crop) != resized:
         raise unusable("crop_size", values.get("crop_size"), f"a crop of the same shape as the size {list(resized)}")
     return (crop, None, False) if crop == resized else (crop, ratio, True)
-
-
-def filled(size: Mapping[str, Any]) -> dict[str, Any]:
-    """Newer files list every way to give a size, all but one of them null."""
-    return {name: value for name, value in size.items() if value is not None}
 
 
 def short_side(
@@ -237,14 +226,14 @@ def enlarged(values: Json, processor: Processor, short: int) -> int:
         return int((256 / 224) * short)
     if not processor.enlarge:
         return short
-    part = stated(values, "crop_pct", processor.crop_pct)
+    part = values.get("crop_pct", processor.crop_pct)
     if not isinstance(part, int | float) or not 0 < part <= 1:
         raise unusable("crop_pct", part, "a number in (0, 1]")
     return int(short / part)
 
 
 def height_width(values: Json, name: str, default: int) -> Size:
-    found = stated(values, name, default)
+    found = values.get(name, default)
     height, width = (found.get("height"), found.get("width")) if isinstance(found, Mapping) else (found, found)
     if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
         return height, width
