@@ -21,7 +21,9 @@ CUBE = {"height": 24, "width": 24}
 OBLONG = {"height": 20, "width": 30}
 # What files say, those of older versions too: a size as one number, or hardly anything.
 FILES: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {"resample": 2} if kind == "MobileViT" else {}) for kind in PROCESSORS),  # whose default has changed
+    *(
+        (kind, {"resample": 2, "size": 288} if kind == "MobileViT" else {}) for kind in PROCESSORS
+    ),  # whose defaults have changed
     ("ViT", {"size": 24, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.4]}),
     ("ViT", {"size": OBLONG, "do_normalize": False}),
     ("ViT", {"size": CUBE, "do_normalize": None, "do_pad": False, "crop_size": None}),  # null switches off

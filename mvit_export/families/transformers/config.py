@@ -46,9 +46,10 @@ MODEL_TYPES: Mapping[str, str] = {
     "vit": "ViT",
     "vit_msn": "ViT",
 }
+EAGER = ("swin",)  # torch cannot take its fused attention apart for ONNX
 OF_OTHERS = ("mobilevit",)  # model types with a family of their own
 OF_OTHERS_IN_TIMM = "mobilevit"  # how such architectures of timm begin
-TEACHERS = ("distillation_classifier.", "classifier_distill.")  # weights of the head that was taught by a teacher
+TEACHERS = (".distillation_classifier.", ".classifier_distill.")  # weights of the head that was taught by a teacher
 # Arguments of timm.create_model that read files, fetch, or make something else than a classifier of RGB pictures.
 NO_ARGUMENTS = frozenset({
     "cache_dir", "checkpoint_path", "exportable", "features_only", "no_jit", "num_classes", "pretrained",
@@ -111,7 +112,7 @@ def choose_class(values: Json, known: str | tuple[str, ...], names: Iterable[str
     classes = (known,) if isinstance(known, str) else known
     said = values.get("architectures")
     if not said:
-        taught = any(name.rpartition(".")[0].endswith(end.rstrip(".")) for name in names for end in TEACHERS)
+        taught = any(head in f".{name}" for name in names for head in TEACHERS)
         return classes[-1] if taught else classes[0]
     if not isinstance(said, list) or said[0] not in classes:
         raise WeightsError(f"{FILE} says architectures is {json.dumps(said)}, expected {' or '.join(classes)}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mvit_export.errors import MissingDependencyError, WeightsError, first_line, require
 from mvit_export.families.timm import define_torchvision_operators, import_timm
-from mvit_export.families.transformers.config import FILE, TIMM_WRAPPER, choose_class, settings_of
+from mvit_export.families.transformers.config import EAGER, FILE, TIMM_WRAPPER, choose_class, settings_of
 from mvit_export.models.fit import missing
 from mvit_export.models.prefixes import COUNTER
 from mvit_export.models.settings import Json
@@ -95,12 +95,13 @@ def fill(cls: Any, config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Module,
     """The network with the tensors, whose old names transformers renames, and its report on what did not fit."""
     bars = importlib.import_module("transformers.utils.logging")
     shown = bars.is_progress_bar_enabled()
+    fused = getattr(cls, "_supports_sdpa", False) and config.model_type not in EAGER
     bars.disable_progress_bar()
     try:
         network, report = cls.from_pretrained(
             None, config=config, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True,
             local_files_only=True, dtype=torch.float32,
-            attn_implementation="sdpa" if getattr(cls, "_supports_sdpa", False) else "eager",
+            attn_implementation="sdpa" if fused else "eager",
         )  # fmt: skip
     except Exception as error:
         raise WeightsError(f"{FILE} and the weights make no {cls.__name__} ({first_line(error)})") from error
@@ -115,7 +116,7 @@ def check_report(network: nn.Module, report: Mapping[str, Any], name: str) -> tu
     classes = network.config.num_labels  # type: ignore[union-attr]
     for key, found, expected in sorted(report["mismatched_keys"]):
         message = f"{key} has shape {tuple(found)}, expected {tuple(expected)}"
-        if expected[0] == classes:
+        if expected[0] == classes != found[0]:
             message += f": {FILE} describes {classes} classes"
         raise WeightsError(message)
     state = network.state_dict()

@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "swiftformer": {"image_size": SIDE, "depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16]},
     "swin": STAGES,
     "swinv2": STAGES,
-    "timm_wrapper": {"architecture": "test_vit", "model_args": {"img_size": SIDE, "embed_dim": 16, "depth": 2}},
+    "timm_wrapper": {"architecture": "test_byobnet", "model_args": {"drop_rate": 0.1}},
     "vit": VIT,
     "vit_msn": VIT,
 }  # fmt: skip
