@@ -24,6 +24,10 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SETTINGS = ("config.json", "preprocessor_config.json")  # either may be absent
 
 
+class Incomplete(Exception):
+    """A file is not there that another one names; says which."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The folder in huggingface_hub's cache that holds the files of one commit."""
@@ -61,12 +65,13 @@ def fetch_model(repo: str, revision: str | None = None) -> Snapshot:
     if failure is None:
         with quiet(hub):
             weights = download(hub, repo, revision)
-    elif (cached := find_cached(hub, repo, revision)) is not None:
-        weights = cached
     else:
-        raise HubError(explain(hub, repo, revision, failure)) from failure
-    check_digest(weights)
-    return Snapshot(weights.parent, weights.parent.name)
+        weights = find_cached(hub, repo, revision)
+        if not weights:
+            raise HubError(explain(hub, repo, revision, failure)) from failure
+    for file in weights:
+        check_digest(file)
+    return Snapshot(weights[0].parent, weights[0].parent.name)
 
 
 def library() -> ModuleType:
@@ -101,24 +106,39 @@ def ask(hub: ModuleType, repo: str, revision: str) -> Exception | None:
     return answer[0] if answer else TimeoutError(f"no answer within {DEADLINE_S:g} s")
 
 
-def collect(get: Callable[[str], Path | None]) -> Path | None:
-    """Have `get` fetch the settings and the weights; the weights' path, or None if there are none."""
+def collect(get: Callable[[str], Path | None]) -> list[Path]:
+    """Have `get` fetch the settings and the weights; the weights' paths, empty if there are none.
+
+    Weights in several files come after the index that names them. Raises WeightsError for an index that is damaged.
+    """
     for name in SETTINGS:
         get(name)
-    return next((path for name in WEIGHTS if (path := get(name))), None)
+    found = next((path for name in (*WEIGHTS, *INDEXES) if (path := get(name))), None)
+    if found is None or found.name not in INDEXES:
+        return [found] if found else []
+    from mvit_export.models.shards import shard_names
+
+    paths = {name: get(name) for name in shard_names(found)}
+    lost = next((name for name, path in paths.items() if path is None), None)
+    if lost is not None:
+        raise Incomplete(f"has no {lost}, which {found.name} names")
+    return [found, *(path for path in paths.values() if path)]
 
 
-def find_cached(hub: ModuleType, repo: str, revision: str) -> Path | None:
-    """The weights in the cache. Only looks at the disk: hf_hub_download asks the hub even for local files."""
+def find_cached(hub: ModuleType, repo: str, revision: str) -> list[Path]:
+    """The weights in the cache, empty if it lacks any. Only looks at the disk: hf_hub_download asks the hub even for local files."""
 
     def get(name: str) -> Path | None:
         found = hub.try_to_load_from_cache(repo, name, revision=revision)
         return Path(found) if isinstance(found, str) else None
 
-    return collect(get)
+    try:
+        return collect(get)
+    except Incomplete:
+        return []
 
 
-def download(hub: ModuleType, repo: str, revision: str) -> Path:
+def download(hub: ModuleType, repo: str, revision: str) -> list[Path]:
     """The weights, with all that belongs to them from one commit; fetches what the cache lacks."""
     commit = revision
 
@@ -133,11 +153,12 @@ def download(hub: ModuleType, repo: str, revision: str) -> Path:
         commit = path.parent.name  # the first file pins it, so that a push in between cannot mix two
         return path
 
-    weights = collect(get)
-    if weights is None:
-        sharded = next((name for name in INDEXES if get(name)), None)
-        found = f"only sharded weights ({sharded})" if sharded else "no weights"
-        raise HubError(f"{repo}@{revision} has {found}, expected {' or '.join(WEIGHTS)}: choose another repository")
+    try:
+        weights = collect(get)
+    except Incomplete as error:
+        raise HubError(f"{repo}@{revision} {error}: choose another repository or revision") from error
+    if not weights:
+        raise HubError(f"{repo}@{revision} has no weights, expected {' or '.join(WEIGHTS)}: choose another repository")
     return weights
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,13 +14,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import randomize
+from hub_server import COMMIT, OLD_COMMIT, environment, repository, serve
 
 from mvit_export.data.preprocessing import DEFAULT_PREPROCESSING
 from mvit_export.families.mobilevit.network import create_mobilevit
@@ -30,9 +28,6 @@ from mvit_export.models.own_files import save_weights
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("huggingface_hub", reason="the hub client needs huggingface_hub")
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OLD_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
-ROOT = Path(__file__).parents[2]
 FETCH = """
 import sys
 from mvit_export.errors import MvitExportError
@@ -44,124 +39,6 @@ except MvitExportError as error:
 else:
     print("OK", snapshot.commit, snapshot.folder)
 """
-
-
-@dataclass
-class Repository:
-    """What the server has: files by commit, the revisions that name commits, and what goes wrong."""
-
-    files: dict[str, dict[str, bytes]]
-    revisions: dict[str, str]
-    error: tuple[int, str] | None = None  # status and X-Error-Code for everything
-    cut: str | None = None  # the file whose transfer breaks off half-way
-    cut_always: bool = True
-    lie: bool = False  # promise another content than is sent
-    portal: bool = False  # answer everything with a login page
-    requests: list[str] = field(default_factory=list)
-
-
-class Handler(BaseHTTPRequestHandler):
-    repository: Repository
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def answer(self, *, body: bool) -> None:
-        repository = self.repository
-        repository.requests.append(f"{self.command} {self.path}")
-        if not self.path.startswith("/owner/"):  # huggingface_hub asks for more than files now and then
-            return self.refuse(404, "")
-        owner, name, resolve, revision, file = self.path.lstrip("/").split("/", 4)
-        if repository.portal:
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        if repository.error:
-            return self.refuse(*repository.error)
-        if (owner, name, resolve) != ("owner", "net", "resolve"):
-            return self.refuse(404, "RepoNotFound")
-        commit = repository.revisions.get(revision, revision)
-        if commit not in repository.files:
-            return self.refuse(404, "RevisionNotFound")
-        content = repository.files[commit].get(file)
-        if content is None:
-            return self.refuse(404, "EntryNotFound", commit)
-        self.send(file, content, commit, body)
-        return None
-
-    def refuse(self, status: int, code: str, commit: str | None = None) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        if commit:
-            self.send_header("X-Repo-Commit", commit)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def send(self, file: str, content: bytes, commit: str, body: bool) -> None:
-        large = file.endswith((".safetensors", ".bin"))
-        digest = hashlib.sha256(content) if large else hashlib.sha1(content)
-        etag = digest.hexdigest()
-        if large and self.repository.lie:
-            etag = "0" * 64
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        self.send_response(206 if start else 200)
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("ETag", f'"{etag}"')
-        if large:
-            self.send_header("X-Linked-ETag", f'"{etag}"')
-            self.send_header("X-Linked-Size", str(len(content)))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        if not body:
-            return
-        if self.repository.cut == file:
-            self.wfile.write(content[start : len(content) // 2])
-            self.close_connection = True
-            if not self.repository.cut_always:
-                self.repository.cut = None
-        else:
-            self.wfile.write(content[start:])
-
-
-@contextmanager
-def serve(repository: Repository) -> Iterator[str]:
-    handler = type("RepositoryHandler", (Handler,), {"repository": repository})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def repository(**files: bytes) -> Repository:
-    contents = {"config.json": b"{}", "model.safetensors": b"new weights" * 1000}
-    contents |= {name.replace("__", "."): content for name, content in files.items()}
-    old = {"pytorch_model.bin": b"old weights"}
-    return Repository({COMMIT: contents, OLD_COMMIT: old}, {"main": COMMIT, "v1": OLD_COMMIT})
-
-
-def environment(endpoint: str, cache: Path, **more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
-    return kept | {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(cache.parent / "home"),
-        "HF_HUB_CACHE": str(cache),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
 
 
 def fetch(endpoint: str, cache: Path, *arguments: str, **more: str) -> str:
@@ -256,7 +133,24 @@ def test_repository_without_usable_weights(cache: Path) -> None:
         expected = "HubError owner/net@main has no weights, expected model.safetensors or pytorch_model.bin:"
         assert fetch(endpoint, cache).startswith(expected)
         content.files[COMMIT]["model.safetensors.index.json"] = b"{}"
-        assert "only sharded weights (model.safetensors.index.json)" in fetch(endpoint, cache)
+        assert "model.safetensors.index.json has no weight_map" in fetch(endpoint, cache)
+
+
+def test_shards_are_fetched_with_their_index(cache: Path) -> None:
+    content = repository()
+    del content.files[COMMIT]["model.safetensors"]
+    parts = [f"model-0000{index}-of-00002.safetensors" for index in (1, 2)]
+    where = {"weight_map": {"a": parts[0], "b": parts[1]}}
+    content.files[COMMIT] |= {"model.safetensors.index.json": json.dumps(where).encode(), parts[0]: b"one"}
+    with serve(content) as endpoint:
+        message = f"HubError owner/net@main has no {parts[1]}, which model.safetensors.index.json names"
+        assert fetch(endpoint, cache).startswith(message)
+        content.files[COMMIT][parts[1]] = b"two"
+        line = fetch(endpoint, cache)
+        assert names(folder_of(line)) == {"config.json", "model.safetensors.index.json", *parts}
+    assert fetch(endpoint, cache) == line  # from the cache
+    (folder_of(line) / parts[1]).unlink()
+    assert "cannot be reached" in fetch(endpoint, cache)
 
 
 def test_broken_transfer_is_an_error_and_leaves_no_file(cache: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Finished
+from conftest import Finished, run_module
+from hub_server import COMMIT, environment, repository, serve
 from safetensors.torch import load_file, save_file
 from tiny_hf import CLASSES, SETTINGS, SIDE, edit_config, make_network, save, save_processor
 
@@ -210,7 +211,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"id2label": {str(i + 1): f"n{i}" for i in range(5)}},
         "config.json names 5 classes in id2label, the classifier has 5: expected one name for each index from 0 to 4",
     ),
-    "wider": ({"hidden_size": 32}, "has shape (16,), expected (32,)"),
+    "wider": ({"hidden_size": 32}, "classifier.weight has shape (5, 16), expected (5, 32)"),
     "deeper": ({"num_hidden_layers": 3}, "vit.layers.2."),
     "shallower": ({"num_hidden_layers": 1}, "is in the checkpoint, but a ViTForImageClassification has no such weight"),
     "no number": ({"hidden_size": "x"}, "config.json is not one of a vit"),
@@ -351,3 +352,18 @@ def test_an_artifact_finds_its_folder_again(cli: Callable[..., Finished], vit: P
     assert (tmp_path / "again/tiny_vit/onnx-fp32/tiny_vit.onnx").read_bytes() == (place / "tiny_vit.onnx").read_bytes()
     refused = cli("verify", place, env={"XDG_STATE_HOME": str(tmp_path / "another user")})
     assert (refused.code, "which you have not exported" in refused.err) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_model_on_the_hub(vit: Path, tmp_path: Path) -> None:
+    files = {file.name: file.read_bytes() for file in vit.iterdir()}
+    content = repository()
+    content.files[COMMIT] = files
+    options = ("--to", "onnx", "--model", "hf:owner/net@v2", "--out", str(tmp_path), "--no-verify", "--json")
+    content.revisions["v2"] = COMMIT
+    with serve(content) as endpoint:
+        done = run_module(*options, env=environment(endpoint, tmp_path / "cache"))
+    assert done.code == 0, done.err
+    manifest = json.loads((tmp_path / "net/onnx-fp32/manifest.json").read_text())
+    assert manifest["model"]["source"].startswith("transformers:ViTForImageClassification:")
+    assert (manifest["weights"]["source"], manifest["weights"]["revision"]) == ("hf:owner/net@v2", COMMIT)

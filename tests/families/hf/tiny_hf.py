@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bit": {**RESNET, "num_groups": 4},
     "convnext": CONVNEXT,
     "convnextv2": CONVNEXT,
-    "cvt": {"embed_dim": [8, 16, 16], "num_heads": [1, 2, 2], "depth": [1, 1, 3]},
+    "cvt": {"embed_dim": [8, 16, 16], "num_heads": [1, 2, 2], "depth": [1, 2, 3]},
     "data2vec-vision": {**VIT, "use_relative_position_bias": True},
     "deit": VIT,
     "dinov2": DINO,
