@@ -130,8 +130,7 @@ def run(subject: Subject, session: Session, pictures: Sequence[np.ndarray]) -> t
     for start in range(0, len(pictures), batch):
         members = list(pictures[start : start + batch])
         array = np.stack([*members, *[members[-1]] * (batch - len(members))])  # the last one fills up a fixed batch
-        as_picture = subject.artifact is not None and spec.layout == "NHWC"
-        array = array if as_picture else to_tensor(array, subject.preprocessing)
+        array = arrange(array, subject)
         begun = time.perf_counter()
         try:
             output = session.run(array)[expected.name]
@@ -145,6 +144,12 @@ def run(subject: Subject, session: Session, pictures: Sequence[np.ndarray]) -> t
     if len(found) != len(pictures) or not fits(found.shape[1:], expected.shape[1:]):
         return Trouble(FAIL, f"{expected.name} has shape {parts[0].shape}, the manifest says {expected.shape}")
     return found, seconds
+
+
+def arrange(pictures: np.ndarray, subject: Subject) -> np.ndarray:
+    """uint8 RGB (B, H, W, 3) as the subject takes it: a file may have its preprocessing inside."""
+    as_picture = subject.artifact is not None and subject.manifest.inputs[0].layout == "NHWC"
+    return pictures if as_picture else to_tensor(pictures, subject.preprocessing)
 
 
 def fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:

@@ -19,6 +19,7 @@ from mvit_export.cli.evaluate import evaluate
 from mvit_export.cli.export import export
 from mvit_export.cli.help import Command
 from mvit_export.cli.inspect import inspect
+from mvit_export.cli.predict import predict
 from mvit_export.cli.report import report
 from mvit_export.cli.terminal import Terminal
 from mvit_export.cli.tune import tune
@@ -86,6 +87,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "bench": bench,
     "eval": evaluate,
+    "predict": predict,
     "inspect": inspect,
     "report": report,
     "tune": tune,
@@ -104,6 +106,8 @@ mvit-export bench artifacts/mobilevit_xxs/tflite-fp16 --device adb:SERIAL --benc
 mvit-export bench artifacts/new/onnx-fp32 --baseline artifacts/old/onnx-fp32 --max-slowdown 5%""",
     "eval": """mvit-export eval artifacts/mobilevit_xxs --data validation/
 mvit-export eval artifacts/mobilevit_xxs --data validation.npz --max-drop 1""",
+    "predict": """mvit-export predict artifacts/mobilevit_xxs/onnx-fp32 cat.jpg
+mvit-export predict artifacts/mobilevit_xxs/tflite-fp16 pictures/ -o answers.json""",
     "inspect": """mvit-export inspect artifacts/mobilevit_xxs
 mvit-export inspect Other.mlpackage -v""",
     "report": """mvit-export report artifacts/mobilevit_xxs

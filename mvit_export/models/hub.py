@@ -126,7 +126,10 @@ def collect(get: Callable[[str], Path | None]) -> list[Path]:
 
 
 def find_cached(hub: ModuleType, repo: str, revision: str) -> list[Path]:
-    """The weights in the cache, empty if it lacks any. Only looks at the disk: hf_hub_download asks the hub even for local files."""
+    """The weights in the cache, empty if it lacks any.
+
+    Only looks at the disk: hf_hub_download asks the hub even for local files.
+    """
 
     def get(name: str) -> Path | None:
         found = hub.try_to_load_from_cache(repo, name, revision=revision)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mvit_export.artifact import Artifact, Manifest
 from mvit_export.data.pictures import Labelled
+from mvit_export.errors import ArtifactError
 from mvit_export.formats.base import Tolerance
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the outputs, by name
@@ -50,13 +51,36 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a network's outputs for one picture say: `fields` of the JSON of `predict`, and `lines` for people."""
+
+    fields: Mapping[str, Any]
+    lines: tuple[str, ...]
+
+
+def present_numbers(outputs: Mapping[str, np.ndarray], manifest: Manifest) -> Answer:
+    """What can be said of outputs whose meaning is not known: their shapes and ranges."""
+    rows = [
+        {"name": name, "shape": list(x.shape), "least": float(x.min()), "mean": float(x.mean()), "most": float(x.max())}
+        for name, x in outputs.items()
+    ]
+    if not all(np.isfinite(x).all() for x in outputs.values()):
+        raise ArtifactError(f"{manifest.model.name} answers with NaN or Inf; verify tells where it begins")
+    return Answer(
+        {"outputs": rows},
+        tuple("{name} {shape}  {least:.4g} to {most:.4g}, mean {mean:.4g}".format(**row) for row in rows),
+    )
+
+
+@dataclass(frozen=True)
 class Task:
     """One row of `TASKS`.
 
     `fits` decides by output shapes whether a model that does not name its task does this one, and `count_classes` how
     many classes it then has. `compare` returns the `figures` of one finite output (B, …) against its reference, both
     float64, those that apply. `check_outputs` receives all that a file returns for one input, more than the manifest's
-    outputs, and raises ValueError if something is wrong. Without `scoring`, `eval` refuses the task.
+    outputs, and raises ValueError if something is wrong. Without `scoring`, `eval` refuses the task. `present` says
+    what `predict` shows of one picture's outputs, each without its batch axis, float64; it may raise ArtifactError.
     """
 
     name: str  # as in the manifest
@@ -67,3 +91,4 @@ class Task:
     compare: Callable[[np.ndarray, np.ndarray], dict[str, float]] = lambda reference, output: {}
     check_outputs: Callable[[Mapping[str, Any], Manifest], None] = lambda outputs, manifest: None
     scoring: Scoring | None = None
+    present: Callable[[Mapping[str, np.ndarray], Manifest], Answer] = present_numbers

@@ -10,6 +10,7 @@ import numpy as np
 
 from mvit_export.artifact import Manifest
 from mvit_export.tasks.base import Figure, Shapes, Task
+from mvit_export.tasks.class_answers import present_probabilities, present_scores
 from mvit_export.tasks.class_scores import divergences, top_k_agreement, top_probability_change
 from mvit_export.tasks.class_scoring import CLASS_SCORING
 
@@ -86,6 +87,7 @@ CLASSIFICATION = Task(
     compare=compare,
     check_outputs=check_classifier,
     scoring=CLASS_SCORING,
+    present=present_scores,
 )
 
 
@@ -104,5 +106,8 @@ def score_probabilities(scores: np.ndarray, labels: np.ndarray, reference: np.nd
 
 
 OF_PROBABILITIES = replace(
-    CLASSIFICATION, compare=compare_probabilities, scoring=replace(CLASS_SCORING, score=score_probabilities)
+    CLASSIFICATION,
+    compare=compare_probabilities,
+    scoring=replace(CLASS_SCORING, score=score_probabilities),
+    present=present_probabilities,
 )
