@@ -1,4 +1,4 @@
-"""What a file answers to a user's own pictures, in its own runtime and with its own preprocessing, as an app would run it.
+"""What a file answers to a user's own pictures, in its runtime and with its preprocessing, as an app would run it.
 
 Nothing is compared here: `verify` and `eval` do that.
 """

@@ -16,8 +16,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
-from mvit_export.cli.text import error_fields, harmless, one_line, to_document
 from mvit_export.cli.terminal.watcher import NoSilentExit, Watcher
+from mvit_export.cli.text import error_fields, harmless, one_line, to_document
 from mvit_export.errors import OutputError
 
 STYLES = {"pass": "bold green", "fail": "bold red", "not-run": "bold yellow"}
