@@ -53,7 +53,8 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the network is. `source` says how to rebuild it: a variant's name, `FILE.py:FACTORY` or `timm:NAME`.
+    """What the network is. `source` says how to rebuild it: a variant's name, `FILE.py:FACTORY`, `timm:NAME`, or
+    `transformers:CLASS:DIGEST` of a folder that the weights name.
 
     `scores` are "probabilities" if a classifier returns them, else None; written only where it is set.
     """

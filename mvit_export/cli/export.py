@@ -38,7 +38,7 @@ def export(
         bool, typer.Option("--pretrained", help="Use the official weights.", rich_help_panel=MODEL)
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="Another model: FILE.py:FACTORY or timm:NAME.", rich_help_panel=MODEL)
+        str | None, typer.Option(help="Another model: FILE.py:FACTORY, timm:NAME or hf:ID.", rich_help_panel=MODEL)
     ] = None,
     like: Annotated[
         Path | None, typer.Option(help="Export the model of this artifact again.", rich_help_panel=MODEL)

@@ -46,6 +46,7 @@ def load_model(
 ) -> LoadedModel:
     """Build a MobileViT `variant` ("xxs", "xs", "s"), or any `model` ("FILE.py:FACTORY", "timm:NAME", or an nn.Module).
 
+    `weights` that are a folder of transformers, and `model="hf:ID"`, are any of its classifiers with its weights.
     An nn.Module is copied. Only this process has it, so its artifacts are checked against PyTorch here, and elsewhere
     with `against="golden"`.
 

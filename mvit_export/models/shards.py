@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mvit_export.errors import WeightsError
-from mvit_export.models.checkpoints import Checkpoint, read_checkpoint
+from mvit_export.models.checkpoints import Checkpoint, blame, read_checkpoint
 from mvit_export.models.settings import read_json
 
 MOST_SHARDS = 1000
@@ -21,18 +21,24 @@ def read_shards(index: Path) -> Checkpoint:
 
     Raises WeightsError for a file that is missing, and for tensors that are not where the index says.
     """
-    where = weight_map(index)
+    with blame(index.parent):
+        where, names = weight_map(index), shard_names(index)
     tensors: dict[str, Tensor] = {}
     digests = hashlib.sha256()
-    for name in shard_names(index):
+    for name in names:
         shard = read_checkpoint(index.parent / name, ema=True)
-        found, expected = set(shard.tensors), {key for key, file in where.items() if file == name}
-        if found != expected:
-            key = min(found ^ expected)
-            raise WeightsError(f"{index.name} and {name} disagree on where {key} is: download both again")
+        with blame(index.parent):
+            check_place(shard, where, index, name)
         tensors.update(shard.tensors)
         digests.update(f"{name} {shard.sha256}\n".encode())
     return Checkpoint(tensors, digests.hexdigest())
+
+
+def check_place(shard: Checkpoint, where: Mapping[str, str], index: Path, name: str) -> None:
+    found, expected = set(shard.tensors), {key for key, file in where.items() if file == name}
+    if found != expected:
+        key = min(found ^ expected)
+        raise WeightsError(f"{index.name} and {name} disagree on where {key} is: download both again")
 
 
 def shard_names(index: Path) -> list[str]:

@@ -33,6 +33,6 @@ def read_stored(source: str | Path, *, ema: bool | None = True) -> StoredWeights
     folder = path if path.is_dir() else None
     with blame(name):
         file = find_weights(path) if folder else path
-        sharded = folder is not None and file.name.endswith(INDEX)
-        checkpoint = read_shards(file) if sharded else read_checkpoint(file, ema=ema)
+    sharded = folder is not None and file.name.endswith(INDEX)
+    checkpoint = read_shards(file) if sharded else read_checkpoint(file, ema=ema)
     return StoredWeights(checkpoint, file, name, revision, folder)
