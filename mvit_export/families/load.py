@@ -212,8 +212,9 @@ def find_in_checkpoint(asked: Request) -> tuple[Family, Request]:
     require("torch", extra="all", purpose="to read weights")
     from mvit_export.models.stored import read_stored
 
-    asked = replace(asked, stored=read_stored(str(asked.weights), ema=asked.ema))
-    return next((family for family in OF_CHECKPOINTS if family.claims(asked.stored)), OF_CHECKPOINTS[-1]), asked
+    stored = read_stored(str(asked.weights), ema=asked.ema)
+    found = next((family for family in OF_CHECKPOINTS if family.claims(stored)), OF_CHECKPOINTS[-1])
+    return found, replace(asked, stored=stored)
 
 
 def family_of_model(asked: Request, source: str) -> Family:

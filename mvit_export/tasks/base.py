@@ -60,7 +60,7 @@ class Answer:
 
 def present_numbers(outputs: Mapping[str, np.ndarray], manifest: Manifest) -> Answer:
     """What can be said of outputs whose meaning is not known: their shapes and ranges."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "shape": list(x.shape), "least": float(x.min()), "mean": float(x.mean()), "most": float(x.max())}
         for name, x in outputs.items()
     ]

@@ -46,7 +46,8 @@ MODEL_TYPES: Mapping[str, str] = {
     "vit": "ViT",
     "vit_msn": "ViT",
 }
-EAGER = ("swin",)  # torch cannot take its fused attention apart for ONNX
+# Networks with a mask or bias in attention: torch.export cannot take the fused form apart for ONNX.
+EAGER = ("beit", "data2vec-vision", "swin")
 OF_OTHERS = ("mobilevit",)  # model types with a family of their own
 OF_OTHERS_IN_TIMM = "mobilevit"  # how such architectures of timm begin
 TEACHERS = (".distillation_classifier.", ".classifier_distill.")  # weights of the head that was taught by a teacher

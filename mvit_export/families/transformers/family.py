@@ -59,7 +59,7 @@ def load(asked: Request) -> LoadedModel:
         values = config_of(stored)
         check_config(values)
         module, name, notes = build_classifier(values, stored.checkpoint.tensors)
-        classes = module.network.config.num_labels  # type: ignore[union-attr]
+        classes = int(module.network.config.num_labels)  # type: ignore[union-attr,arg-type]
         check_classes(classes, asked.num_classes)
         source = f"{PREFIX}{name}:{digest_of(values)}"
         if asked.model not in (None, source):
