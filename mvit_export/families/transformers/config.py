@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -62,6 +63,7 @@ SAID_ELSEWHERE = frozenset({
     "architectures", "attn_implementation", "dtype", "experts_implementation", "torch_dtype", "transformers_version",
     "use_kernels",
 })  # fmt: skip
+REPEATS = re.compile("layers|depth|blocks|stages|repeats")  # in the names of what is built so many times
 LABELS = frozenset({"id2label", "label2id", "label_names"})  # which the manifest has
 
 
@@ -76,7 +78,7 @@ def is_claimed(values: Json) -> bool:
 def check_config(values: Json) -> str:
     """The model_type. Raises WeightsError for a network that is not known, and for settings that change what it is."""
     kind = values.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = ", ".join([*OF_OTHERS, *MODEL_TYPES])
         raise WeightsError(f"{FILE} says model_type is {json.dumps(kind)}, expected one of {known}")
     if values.get("auto_map"):
@@ -93,7 +95,17 @@ def check_config(values: Json) -> str:
     check_one_of_n(values)
     if kind == TIMM_WRAPPER:
         check_arguments(section(values, "model_args"))
-    return str(kind)
+    return kind
+
+
+def check_depth(values: Json, tensors: int) -> None:
+    """Every layer has a tensor: a file that says more would be built for hours. Raises WeightsError."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_depth(value, tensors)
+        counts = value if isinstance(value, list) else [value]
+        if REPEATS.search(name) and any(isinstance(count, (int, float)) and count > tensors for count in counts):
+            raise WeightsError(f"{FILE} says {name} is {json.dumps(value)}, the weights are {tensors} tensors in all")
 
 
 def check_arguments(arguments: Json) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from mvit_export.errors import MissingDependencyError, WeightsError, first_line, require
 from mvit_export.families.timm import define_torchvision_operators, import_timm
-from mvit_export.families.transformers.config import EAGER, FILE, TIMM_WRAPPER, choose_class, settings_of
+from mvit_export.families.transformers.config import EAGER, FILE, TIMM_WRAPPER, check_depth, choose_class, settings_of
 from mvit_export.models.fit import missing
 from mvit_export.models.prefixes import COUNTER
 from mvit_export.models.settings import Json
 
 WHOLE_NUMBERS = (torch.int8, torch.uint8, torch.int16, torch.int32)  # of quantized weights
+SPARE = 2**20  # weights by which a description may exceed a checkpoint before it is said which are missing
 UNUSED = ".pooler."  # part of the names of a head that classifiers leave out
 
 
@@ -70,6 +71,7 @@ def build_classifier(values: Json, state: Mapping[str, Tensor]) -> tuple[nn.Modu
     if kind == TIMM_WRAPPER:
         check_architecture(values)
     check_tensors(state)
+    check_depth(values, len(state))
     names = importlib.import_module("transformers.models.auto.modeling_auto")
     known = names.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(kind)
     if known is None:
@@ -77,6 +79,7 @@ def build_classifier(values: Json, state: Mapping[str, Tensor]) -> tuple[nn.Modu
     name = choose_class(values, known, state)
     with quiet():
         config, cls = make_config(library, kind, values), getattr(library, name)
+        check_size(cls, config, state)
         network, report = fill(cls, config, state)
     return Classifier(network), name, check_report(network, report, name)
 
@@ -89,6 +92,18 @@ def make_config(library: ModuleType, kind: str, values: Json) -> Any:
     if not config.num_labels:
         raise WeightsError(f"{FILE} names no classes, expected a classifier: a backbone has no answer to check")
     return config
+
+
+def check_size(cls: Any, config: Any, state: Mapping[str, Tensor]) -> None:
+    """Before memory is taken: a network much larger than the checkpoint is not its own. Raises WeightsError."""
+    try:
+        with torch.device("meta"):
+            described = sum(parameter.numel() for parameter in cls(config).parameters())
+    except Exception as error:
+        raise WeightsError(f"{FILE} describes no {cls.__name__} ({first_line(error)})") from error
+    held = sum(tensor.numel() for tensor in state.values())
+    if described > 2 * held + SPARE:
+        raise WeightsError(f"{FILE} describes {described:,} weights, the checkpoint holds {held:,}")
 
 
 def fill(cls: Any, config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Module, Mapping[str, Any]]:

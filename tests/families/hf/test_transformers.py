@@ -215,7 +215,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deeper": ({"num_hidden_layers": 3}, "vit.layers.2."),
     "shallower": ({"num_hidden_layers": 1}, "is in the checkpoint, but a ViTForImageClassification has no such weight"),
     "no number": ({"hidden_size": "x"}, "config.json is not one of a vit"),
-    "no heads": ({"num_attention_heads": 0}, "make no ViTForImageClassification ("),
+    "no heads": ({"num_attention_heads": 0}, "describes no ViTForImageClassification ("),
+    "endless": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, the weights are 40 tensors in all"),
+    "huge": ({"hidden_size": 2**20}, "weights, the checkpoint holds 7,941"),
 }
 
 
@@ -243,6 +245,28 @@ def test_weights_that_are_none(copy_of: Callable[..., Path]) -> None:
         save_file(changed, folder / "model.safetensors")
         with pytest.raises(WeightsError, match=message):
             load_model(weights=folder)
+
+
+ODD = (None, "\x1b[2J\n::error::x", [[1], "x"], {"a": {"b": 1}}, -1, 10**30, float("nan"), True, 0, float("inf"), "")
+
+
+@pytest.mark.parametrize("kind", ["swin", "timm_wrapper", "vit"])
+def test_odd_settings_are_one_line(kind: str, tmp_path: Path) -> None:
+    """Any field with any value: the network, or one line of error."""
+    save(make_network(kind), tmp_path)
+    save_processor(tmp_path, {"size": SIDE, "crop_size": SIDE, "do_center_crop": False, "rescale_factor": 1 / 255})
+    refused = 0
+    for file in ("config.json", "preprocessor_config.json"):
+        sound = json.loads((tmp_path / file).read_text())
+        for place, name in enumerate(sound):
+            (tmp_path / file).write_text(json.dumps({**sound, name: ODD[place % len(ODD)]}))
+            try:
+                load_model(weights=tmp_path, image_size=SIDE)
+            except MvitExportError as error:
+                refused += 1
+                assert str(error).isprintable(), name
+        (tmp_path / file).write_text(json.dumps(sound))
+    assert refused > 5
 
 
 SHARDS: dict[str, tuple[Any, str]] = {
