@@ -111,6 +111,7 @@ def test_extras(wheel: Path) -> None:
         "onnx",
         "report",
         "tflite",
+        "transformers",
     ]
     (everything,) = requirements(wheel, "all")
     names = everything.removeprefix("mvit-export[").removesuffix("]").split(",")
