@@ -97,7 +97,9 @@ def test_the_reader_refuses(kind: str, tmp_path: Path) -> None:
             reading.check_regular(path, 100)
 
 
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ODD if kind != "proc"]
+)  # a link to what counts as a regular file, and is replaced
 def test_the_writer_leaves_what_is_no_file(kind: str, tmp_path: Path) -> None:
     """`report -o /dev/stdout` must not put a file in its place."""
     path = tmp_path / "odd"
