@@ -58,7 +58,7 @@ def golden_cases(conversion: Conversion, manifest: Manifest) -> list[Case]:
 def noisy_float32(pair: Pair, task: Task) -> Arrays:
     """The float32 outputs that are furthest off, if that is more than same arithmetic may be; else none."""
     found: dict[float, Arrays] = {}
-    for run in filter(None, (pair.float32, pair.in_sequence and pair.in_sequence())):
+    for run in pair.float32_runs(widest=True):
         errors = [measure(pair.outputs[name], run[name], task) for name in pair.outputs]
         if any(violations(error, SAME_ARITHMETIC, task) for error in errors):
             found[max(error.max_abs for error in errors)] = run

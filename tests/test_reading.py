@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import PARTS, ROOT, Finished
 from odd_files import ODD
 
 from mvit_export.system import reading
+from mvit_export.system.files import write_whole
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +95,20 @@ def test_the_reader_refuses(kind: str, tmp_path: Path) -> None:
     if kind not in ("proc",):
         with pytest.raises(OSError, match=r".+"):
             reading.check_regular(path, 100)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ODD if kind != "proc"]
+)  # a link to what counts as a regular file, and is replaced
+def test_the_writer_leaves_what_is_no_file(kind: str, tmp_path: Path) -> None:
+    """`report -o /dev/stdout` must not put a file in its place."""
+    path = tmp_path / "odd"
+    ODD[kind](path)
+    before = os.lstat(path)
+    with pytest.raises(OSError, match=r"no regular file|symbolic links"):
+        write_whole(path, b"text")
+    assert os.path.samestat(before, os.lstat(path))
+    assert os.listdir(tmp_path) == ["odd"]
 
 
 def test_the_reader_refuses_a_name_with_a_nul() -> None:

@@ -7,7 +7,7 @@ file's are: where they are noise, as after an InstanceNorm of a black picture, n
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ FLOAT32_PREFIX = "float32/"  # of the names of stored float32 outputs beside the
 class Pair:
     """An input of the artifact, and the reference's outputs for it.
 
-    `float32` are PyTorch's own float32 outputs, `in_sequence()` those with sums in a runtime's order, see sums.py.
+    `float32` are PyTorch's own float32 outputs, `in_sequence()` those with sums in the orders of runtimes, see sums.py.
     Without them nothing is known about float32, which then counts as exact.
     """
 
@@ -39,15 +39,18 @@ class Pair:
     array: np.ndarray
     outputs: Arrays
     float32: Arrays | None = None
-    in_sequence: Callable[[], Arrays] | None = None
+    in_sequence: Callable[[], Sequence[Arrays]] | None = None
 
     def float32_error(self, name: str, task: Task, spread: float, *, widest: bool = False) -> Metrics | None:
-        """How far float32 is from the reference in one output; `widest`: in sequence too, the worse of both."""
-        runs = [self.float32] if self.float32 else []
-        if widest and runs and self.in_sequence:
-            runs.append(self.in_sequence())
+        """How far float32 is from the reference in one output; `widest`: in sequence too, the worst of all."""
+        runs = self.float32_runs(widest=widest)
         found = [measure(self.outputs[name], run[name], task, spread=spread) for run in runs]
         return worst(found, task) if found else None
+
+    def float32_runs(self, *, widest: bool) -> list[Arrays]:
+        """What float32 gives, in PyTorch's order of sums and, if `widest`, in others; empty if that is unknown."""
+        known = [self.float32] if self.float32 else []
+        return [*known, *self.in_sequence()] if widest and known and self.in_sequence else known
 
 
 class Reference:
@@ -86,19 +89,22 @@ class Reference:
             return None
         return outputs
 
-    def _in_sequence(self, first: Arrays, array: np.ndarray) -> Arrays:
+    def _in_sequence(self, first: Arrays, array: np.ndarray) -> Sequence[Arrays]:
         """float32 with sums in sequence, once it is checked that the network itself makes no noise.
 
         `first`, the usual order, for a network that does not run so: the bound is then the narrower one.
         """
-        from mvit_export.checks.sums import InSequence
+        from mvit_export.checks.sums import LANES, InSequence
 
         self._check_repeats(first, array)
-        try:
-            with InSequence():
-                return self._float32(array)
-        except Exception:  # a user's network, in a mode that its own operators may not know
-            return first
+        runs = []
+        for lanes in LANES:
+            try:
+                with InSequence(lanes):
+                    runs.append(self._float32(array))
+            except Exception:  # a user's network, in a mode that its own operators may not know
+                return [first]
+        return runs
 
     def _check_repeats(self, first: Arrays, array: np.ndarray) -> None:
         check_repeats(first, self._float32(array), self.model.info.name)

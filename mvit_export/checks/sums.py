@@ -1,4 +1,7 @@
-"""float32 with sums one after another, in eight lanes, as runtimes add them. PyTorch adds pairwise, which loses less.
+"""float32 with sums one after another, as runtimes add them. PyTorch adds pairwise, which loses less.
+
+A register has eight lanes. A runtime with the channels first adds eight pixels of a map side by side, one with the
+channels last, such as LiteRT, eight channels: then the pixels of each are added in a single sequence.
 
 The rounding error of n terms added in sequence grows with n, of n added pairwise with log n: Higham, The accuracy of
 floating point summation (1993). It shows where terms are alike, as in the norms and means of a white picture.
@@ -7,6 +10,7 @@ floating point summation (1993). It shows where terms are alike, as in the norms
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LANES = 8  # float32 values in a register of 256 bits
+LANES = (8, 1)  # side by side: float32 values in a register of 256 bits with the channels first, and with them last
+_lanes: ContextVar[int] = ContextVar("lanes", default=LANES[0])
 aten = torch.ops.aten
 
 
@@ -24,9 +29,9 @@ def total(x: Tensor, axes: Sequence[int]) -> Tensor:
     kept = [axis for axis in range(x.ndim) if axis not in axes]
     shape = [x.shape[axis] for axis in kept]
     rows = x.permute(*kept, *axes).reshape(*shape, -1)  # (*kept, n)
-    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % LANES))
-    lanes = rows.reshape(*shape, -1, LANES).numpy()  # (*kept, n / LANES, LANES)
-    added = np.add.accumulate(lanes, axis=-2, dtype=np.float32)[..., -1, :]  # PyTorch's own cumsum adds in float64
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % _lanes.get()))
+    beside = rows.reshape(*shape, -1, _lanes.get()).numpy()  # (*kept, n / lanes, lanes)
+    added = np.add.accumulate(beside, axis=-2, dtype=np.float32)[..., -1, :]  # PyTorch's own cumsum adds in float64
     result = torch.from_numpy(np.add.accumulate(added, axis=-1, dtype=np.float32)[..., -1].copy())
     return result.reshape([1 if axis in axes else side for axis, side in enumerate(x.shape)])
 
@@ -93,7 +98,11 @@ ROWS: dict[Any, Callable[..., Any]] = {
 
 
 class InSequence(TorchDispatchMode):
-    """Inside it, sums, means and norms of float32 tensors add one term after another."""
+    """Inside it, sums, means and norms of float32 tensors add one term after another, in so many lanes."""
+
+    def __init__(self, lanes: int = LANES[0]) -> None:
+        super().__init__()
+        self.lanes = lanes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -103,4 +112,8 @@ class InSequence(TorchDispatchMode):
             row = batch_norm
         given = kwargs or {}
         usual = row and args[0].dtype == torch.float32 and given.get("dtype") in (None, torch.float32)
-        return (row if row and usual else func)(*args, **given)
+        before = _lanes.set(self.lanes)
+        try:
+            return (row if row and usual else func)(*args, **given)
+        finally:
+            _lanes.reset(before)

@@ -13,8 +13,9 @@ import typer
 from mvit_export.cli.codes import EXIT_ERROR, EXIT_INTERRUPTED
 from mvit_export.cli.help import DEVICES, OUTPUT, TRUST
 from mvit_export.cli.terminal import Terminal, status_text
-from mvit_export.errors import MvitExportError, UsageError, text_of
+from mvit_export.errors import ModelError, MvitExportError, UsageError, first_line, text_of
 from mvit_export.system.limits import find_limit
+from mvit_export.system.silent_end import no_silent_end
 
 Json = Annotated[
     bool,
@@ -75,7 +76,8 @@ def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
     """A Terminal in which an error becomes one line and an exit code."""
     with Terminal(as_json=as_json, quiet=quiet, verbose=verbose) as terminal:
         try:
-            yield terminal
+            with no_silent_end():
+                yield terminal
         except typer.Exit:
             raise
         except KeyboardInterrupt as error:
@@ -86,6 +88,10 @@ def session(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
             raise typer.Exit(EXIT_ERROR) from error
         except Exception as error:
             terminal.error(describe(error).with_traceback(error.__traceback__))
+            raise typer.Exit(EXIT_ERROR) from error
+        except BaseException as error:  # SystemExit, GeneratorExit or a class of its own: a network's code, not ours
+            message = f"a network's own code, or a library, raised {type(error).__name__}: {first_line(error)}"
+            terminal.error(ModelError(message).with_traceback(error.__traceback__))
             raise typer.Exit(EXIT_ERROR) from error
 
 

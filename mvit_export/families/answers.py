@@ -29,9 +29,9 @@ def with_outputs(loaded: LoadedModel, labels: str | Path | Sequence[str] | None)
     """Call the module once per shape, to see that it works at all, and on some noise."""
     returned, macs = run_shapes(loaded)
     named = name_outputs(returned)
+    check_outputs(named)
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     task, info = find_task(loaded.info.task, shapes), loaded.info
-    check_outputs(named)
     samples = run_samples(loaded, next(iter(named.values())))
     scores = kind_of_scores(samples) if task is CLASSIFICATION else None
     if scores == INDEPENDENT:

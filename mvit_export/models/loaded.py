@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from mvit_export.artifact import ModelInfo, WeightsInfo
 from mvit_export.data.preprocessing import Preprocessing
 from mvit_export.errors import ModelError, MvitExportError, first_line
+from mvit_export.system.silent_end import no_silent_end
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,23 +50,6 @@ def call_guarded(call: Callable[[], Any], what: str) -> Any:
         raise
     except BaseException as error:
         raise ModelError(f"{what} raised {type(error).__name__}: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def no_silent_end() -> Iterator[None]:
-    """os._exit raises SystemExit in this process; processes that are forked from it keep theirs."""
-    end, own = os._exit, os.getpid()
-
-    def raise_exit(code: int) -> None:
-        if os.getpid() != own:
-            end(code)
-        raise SystemExit(f"os._exit({code})")
-
-    os._exit = raise_exit  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        os._exit = end
 
 
 @contextlib.contextmanager

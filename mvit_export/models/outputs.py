@@ -109,6 +109,10 @@ def check_tensors(outputs: Any, elements: Mapping[Any, Any]) -> None:
 def check_outputs(outputs: Mapping[str, Tensor]) -> None:
     """Refuse what a comparison of numbers cannot judge (integers, booleans, scalars), and the input's name."""
     for name, tensor in outputs.items():
+        if odd := odd_kind(tensor):
+            raise ModelError(
+                f"output {name!r} is a {odd} tensor, expected a dense one on the CPU; convert it in forward"
+            )
         if not tensor.is_floating_point() or tensor.ndim == 0:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
@@ -116,6 +120,15 @@ def check_outputs(outputs: Mapping[str, Tensor]) -> None:
             )
         if name == "image":
             raise ModelError("an output is named 'image' like the input; rename it")
+
+
+def odd_kind(tensor: Tensor) -> str:
+    """What makes a tensor one that has no plain numbers: "sparse", "nested", "meta"; empty for a usual one."""
+    if tensor.is_nested:
+        return "nested"
+    if not str(tensor.layout).endswith("strided"):
+        return "sparse" if "sparse" in str(tensor.layout) else str(tensor.layout).removeprefix("torch.")
+    return tensor.device.type if tensor.device.type != "cpu" else ""
 
 
 def read_labels(labels: str | Path | Sequence[str], num_classes: int | None) -> tuple[str, ...]:

@@ -47,11 +47,17 @@ Opener = Callable[[Artifact], Session]
 
 
 def open_torch(model: LoadedModel) -> Session:
-    """PyTorch eager: the reference. `run` takes and returns float32 arrays."""
+    """PyTorch eager: the reference. `run` takes and returns float32 arrays, of which the network keeps none."""
     import torch
 
     # Not inference_mode: tensors that a module keeps from a call could not be used when its graph is captured later.
-    return Session(f"torch {torch.__version__} CPU eager", call_model(model, torch.no_grad), None)
+    call = call_model(model, torch.no_grad)
+
+    def run(array: np.ndarray) -> Arrays:
+        """With copies: a network may change its input in place, or return a buffer that its next call overwrites."""
+        return {name: value.copy() for name, value in call(array.copy()).items()}
+
+    return Session(f"torch {torch.__version__} CPU eager", run, None)
 
 
 @dataclass(frozen=True)

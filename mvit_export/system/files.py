@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 NOT_UTF8 = "the path has bytes that are not UTF-8, which libraries cannot open; rename the folder or file"
@@ -19,7 +22,13 @@ def is_utf8(path: str | Path) -> bool:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path`, fsync and rename, so that a reader sees the old file or the new one. Raises OSError."""
+    """Write beside `path`, fsync and rename, so that a reader sees the old file or the new one. Raises OSError.
+
+    A folder, pipe or device is refused: the rename would take its place, that of /dev/stdout too.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

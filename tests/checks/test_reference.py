@@ -19,7 +19,7 @@ from mvit_export.artifact import load_golden, read_artifact
 from mvit_export.checks.comparison import Outcome, constant_reference, find_worst, judge_outcomes
 from mvit_export.checks.figures import measure, psnr_db
 from mvit_export.checks.reference import FLOAT32_PREFIX, Pair, Reference
-from mvit_export.checks.sums import InSequence
+from mvit_export.checks.sums import LANES, InSequence
 from mvit_export.errors import ArtifactError, ModelError
 from mvit_export.formats.base import SAME_ARITHMETIC
 from mvit_export.results.parity import Metrics
@@ -52,8 +52,23 @@ class Float32(nn.Module):
     def forward(self, x):
         return x @ torch.eye(x.shape[-1])  # made in float32, whatever x is
 
+class InPlace(Maps):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5).div_(0.2))
+
+class Keeps(Maps):
+    def __init__(self, middle):
+        super().__init__(middle)
+        self.register_buffer("kept", torch.zeros(1, 8, 32, 32))
+
+    def forward(self, x):
+        return self.kept.copy_(super().forward(x))
+
+def in_place(): return InPlace(nn.ReLU())
+def keeps(): return Keeps(nn.ReLU())
 def plain(): return Maps(nn.ReLU())
 def instance_norm(): return Maps(nn.InstanceNorm2d(8, affine=True))
+def pooled(): return Maps(nn.AdaptiveAvgPool2d(1))
 def group_norm(): return Maps(nn.GroupNorm(4, 8))
 def noise(): return Maps(Noise())
 def dropout(): return Maps(Dropout())
@@ -252,22 +267,49 @@ def test_network_that_does_not_run_in_sequence_keeps_the_narrow_bound(
     pair = reference.answer("black", black, black)
     assert pair.in_sequence is not None
     monkeypatch.setattr("mvit_export.checks.sums.normalize", refuse)
-    np.testing.assert_array_equal(pair.in_sequence()["output_0"], pair.float32["output_0"])  # type: ignore[index]
+    (only,) = pair.in_sequence()
+    np.testing.assert_array_equal(only["output_0"], pair.float32["output_0"])  # type: ignore[index]
+
+
+def test_the_widest_error_is_that_of_runtimes_with_the_channels_last(networks: Path) -> None:
+    """LiteRT adds a map's pixels one by one: on a black picture a global mean is further off than in eight lanes."""
+    model = load_model(model=f"{networks}:pooled", image_size=128)
+    black = np.zeros((1, 3, 128, 128), np.float32)
+    pair = Reference(model).answer("black", black, black)
+    with InSequence(1), torch.no_grad():
+        found = model.module(torch.from_numpy(black)).numpy()
+    (name,) = pair.outputs
+    off = np.abs(found - pair.outputs[name]).max()
+    usual, widest = (pair.float32_error(name, UNKNOWN, 0.0, widest=wide) for wide in (False, True))
+    assert usual and widest and widest.max_abs == off > 3 * usual.max_abs
+
+
+@pytest.mark.parametrize("network", ["in_place", "keeps"])
+def test_network_that_writes_where_it_should_not(networks: Path, network: str) -> None:
+    """Into its input, or into a buffer that it returns at every call."""
+    reference = Reference(load_model(model=f"{networks}:{network}", image_size=64))
+    one, two = (np.full((1, 3, 64, 64), value, np.float32) for value in (0.1, 0.9))
+    first, second = (reference.answer("x", array, array) for array in (one, two))
+    assert one.min() == one.max() == np.float32(0.1)
+    for pair in (first, second):
+        np.testing.assert_allclose(pair.outputs["output_0"], pair.float32["output_0"], rtol=1e-5, atol=1e-6)  # type: ignore[index]
+    assert np.abs(first.outputs["output_0"] - second.outputs["output_0"]).max() > 1e-3
 
 
 # Sums in sequence
 
 
-def errors(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tuple[float, float]:
+def errors(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, lanes: int) -> tuple[float, float]:
     """How far float32 is from float64, as PyTorch adds and in sequence, of the largest value."""
     exact = call(x.double())
-    with InSequence():
+    with InSequence(lanes):
         found = call(x)
     assert found.dtype == torch.float32
     assert found.shape == exact.shape
     return tuple(float((y - exact).abs().max() / exact.abs().max()) for y in (call(x), found))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize(
     "call",
     [
@@ -282,16 +324,16 @@ def errors(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tup
     ],
     ids=["sum", "sum-kept", "mean", "pool", "group", "layer", "instance", "batch"],
 )
-def test_sums_in_sequence_are_the_same_function(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_sums_in_sequence_are_the_same_function(call: Callable[[torch.Tensor], torch.Tensor], lanes: int) -> None:
     x = torch.rand(2, 8, 9, 13, generator=torch.Generator().manual_seed(0))
-    assert max(errors(call, x)) < 1e-5
+    assert max(errors(call, x, lanes)) < 1e-5
 
 
 def test_sums_in_sequence_lose_more_where_terms_are_alike() -> None:
     """65,536 terms near 0.1, as a norm of a white picture adds them."""
     x = torch.full((1, 1, 256, 256), 0.1)
-    pairwise, in_sequence = errors(lambda x: x.mean((2, 3)), x)
-    assert pairwise < 1e-6 < in_sequence < 1e-3
+    (pairwise, in_lanes), (_, in_one) = (errors(lambda x: x.mean((2, 3)), x, lanes) for lanes in LANES)
+    assert pairwise < 1e-6 < in_lanes < in_one < 1e-3
 
 
 def test_sums_keep_the_type_that_they_ask_for() -> None:

@@ -233,6 +233,9 @@ MISTAKES = [
     ("--to onnx --model {faulty}:leaves", "{faulty}:leaves() raised SystemExit: 0"),
     ("--to onnx --model {faulty}:integers --input-shape 1,6", "output 'output_0' is int64 of shape [1], expected floats with a batch axis"),
     ("--to onnx --model {faulty}:scalar --input-shape 1,6", "output 'output_0' is float32 of shape [], expected floats with a batch axis"),
+    *((f"--to onnx --model {{faulty}}:{odd} --input-shape 1,6",
+       f"output 'output_0' is a {odd} tensor, expected a dense one on the CPU; convert it in forward")
+      for odd in ("sparse", "nested", "meta")),
     ("--to onnx --variant s --seed -1", "Invalid value for '--seed': Input should be greater than or equal to 0; see mvit-export --help"),
     ("--to onnx --model {faulty}:text", "the model returned str, expected a tensor, or tuple or dict of tensors"),
     ("--to onnx --model {broken}:net", "{broken} raised SyntaxError: "),
@@ -254,7 +257,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "twice.txt").write_text("same\n" * 2 + "".join(f"{label}\n" for label in LABELS[:8]))
     (folder / "broken.py").write_text("def net(:\n")
     (folder / "faulty.py").write_text(
-        "from torch import nn\n"
+        "import torch\nfrom torch import nn\n"
         "def nothing(): pass\n"
         "def raises(): raise ValueError('no such backbone\\nand more')\n"
         "class Text(nn.Module):\n    def forward(self, x): return 'text'\n"
@@ -264,6 +267,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "def integers(): return Integers()\n"
         "class Scalar(nn.Module):\n    def forward(self, x): return x.sum()\n"
         "def scalar(): return Scalar()\n"
+        "class Made(nn.Module):\n"
+        "    def __init__(self, make):\n        super().__init__()\n        self.make = make\n"
+        "    def forward(self, x): return self.make(x)\n"
+        "def sparse(): return Made(lambda x: x.to_sparse())\n"
+        "def nested(): return Made(lambda x: torch.nested.nested_tensor([x[0]]))\n"
+        "def meta(): return Made(lambda x: x.to('meta'))\n"
     )
     names = {"empty": "empty", "short": "short.txt", "twice": "twice.txt", "broken": "broken.py", "faulty": "faulty.py"}
     return {key: str(folder / name) for key, name in names.items()} | {"tiny": TINY}

@@ -129,6 +129,43 @@ def test_a_factory_that_ends_the_process(factory: str, code: int, message: str, 
     assert sorted(os.listdir(tmp_path)) in (["ends.py"], ["__pycache__", "ends.py"])
 
 
+LATE = """
+import runpy
+from mvit_export.checks import parity
+
+class Own(BaseException): pass
+
+def verify(*_, **__):
+    import os
+    {end}
+
+parity.verify = verify
+runpy.run_module("mvit_export", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("raise Own('mine')", "Own: mine"), ("raise SystemExit(0)", "SystemExit: 0"),
+        ("raise GeneratorExit", "GeneratorExit: GeneratorExit"), ("os._exit(0)", "SystemExit: os._exit(0)"),
+    ],
+)  # fmt: skip
+def test_code_that_ends_the_process_later(end: str, said: str, tmp_path: Path) -> None:
+    """A network's forward runs in converters and checks too."""
+    command = [sys.executable, "-c", LATE.format(end=end), "verify", "x", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, json.loads(done.stdout)["status"]) == (2, "error")
+    assert done.stderr == f"mvit-export: error: a network's own code, or a library, raised {said}\n"
+
+
+def test_a_handler_at_exit_changes_no_code(tmp_path: Path) -> None:
+    run = "runpy.run_module('mvit_export', run_name='__main__')"
+    code = f"import atexit, os, runpy; atexit.register(lambda: os._exit(0)); {run}"
+    done = subprocess.run([sys.executable, "-c", code, "inspect", "nowhere"], cwd=tmp_path, check=False, timeout=60)
+    assert done.returncode == 2
+
+
 KILLED = """if True:
     import os
     from pathlib import Path
