@@ -245,8 +245,10 @@ def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     if sys.platform == "linux":
-        set_pdeathsig = 1  # prctl(2); the thread covers a parent that is already gone
+        set_pdeathsig = 1  # prctl(2)
         ctypes.CDLL(None).prctl(set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it was gone before, so no signal comes
+            os._exit(1)
     threading.Thread(target=leave_after, args=(parent.sentinel,), daemon=True).start()
 
 

@@ -363,9 +363,11 @@ def test_in_turn_an_error_leaves_the_same(tmp_path: Path) -> None:
 
 
 RUN = """
-import sys
+import sys, time
 from pathlib import Path
+from mvit_export.system import processes
 from test_jobs import Hold, Write, artifact, crew_of
+processes.leave_after = lambda sentinel: time.sleep(600)  # a thread that never gets its turn, as on a busy machine
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     with crew_of(2) as crew:
@@ -405,25 +407,29 @@ def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
         process.communicate()
 
 
-def kill(*pids: int) -> None:
+def kill(*pids: int, by: signal.Signals = signal.SIGKILL) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, by)
 
 
 @linux_only
-def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("while_starting", [False, True])
+def test_no_process_outlives_a_killed_parent(tmp_path: Path, *, while_starting: bool) -> None:
     script = tmp_path / "run.py"
     script.write_text(RUN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(TESTS)))}
     with running([sys.executable, str(script), str(tmp_path / "out")], env=environment) as process:
         wait_until(lambda: len(list((tmp_path / "out").glob(".*.partial"))) == 2)
+        if while_starting:  # a task waits for each in its pipe
+            kill(*descendants(process.pid), by=signal.SIGSTOP)
         time.sleep(3)  # both are inside their task
         below = descendants(process.pid)
         assert len(below) >= 2
         process.kill()
         process.wait()
         try:
+            kill(*below, by=signal.SIGCONT)
             wait_until(lambda: not any(alive(pid) for pid in below))
         finally:
             kill(*below)
