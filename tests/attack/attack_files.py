@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from attack import HARMLESS, REFUSED, Arguments, Case, Sandbox, rng
 from conftest import LABELS, TINY
 from odd_files import ODD
@@ -82,6 +84,22 @@ def settings(box: Sandbox, file: str) -> tuple[Path, Arguments]:
     (folder / "config.json").write_text("{}")
     (folder / file).unlink(missing_ok=True)
     return folder / file, ("--to", "onnx", "--weights", folder, "--labels", box.files / "absent", "--out", box.out)
+
+
+def shards(box: Sandbox, file: str) -> tuple[Path, Arguments]:
+    """A folder of a Vision Transformer whose weights are in two files."""
+    from attack_weights import save
+
+    folder = box.files / "folder"
+    folder.mkdir()
+    names = ("model-1.safetensors", "model-2.safetensors")
+    for name in names:
+        (folder / name).write_bytes(save({f"{name}.weight": torch.zeros(2)}))
+    index = {"weight_map": {f"{name}.weight": name for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    (folder / file).unlink()
+    return folder / file, ("--to", "onnx", "--weights", folder, "--out", box.out)
 
 
 def package(box: Sandbox, inner: str, *, bare: bool) -> tuple[Path, Arguments]:
@@ -187,13 +205,17 @@ READS = (
     Read(
         "config.json",
         lambda box: settings(box, "config.json"),
-        ("mvit_export/families/mobilevit/configs.py:read_json",),
+        ("mvit_export/models/settings.py:read_json",),
     ),
     Read(
         "preprocessor_config.json",
         lambda box: settings(box, "preprocessor_config.json"),
-        ("mvit_export/families/mobilevit/configs.py:read_json",),
+        ("mvit_export/models/settings.py:read_json",),
     ),
+    Read("index of weights", lambda box: shards(box, "model.safetensors.index.json"), ()),
+    Read("one of the weights", lambda box: shards(box, "model-2.safetensors"), ()),
+    Read("config.json beside an index", lambda box: shards(box, "config.json"), ()),
+    Read("picture, predict", named("p.png", "predict", "{artifact}", "{}"), ()),
     Read("hf weights", lambda box: settings(box, "model.safetensors"), ()),
     Read("package manifest", lambda box: package(box, "Manifest.json", bare=True), ()),
     Read("package model", lambda box: package(box, "Data/com.apple.CoreML/model.mlmodel", bare=True), ()),
